@@ -1,0 +1,1 @@
+"""Attention over the paged KV pool, plugged into Hugging Face models through their attention registry."""

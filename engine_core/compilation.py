@@ -1,0 +1,36 @@
+"""Compile a decoder layer once and use it for all layers: inductor fuses what lies between the matrix products.
+
+All layers have the same code and shapes, and their weights and caches are inputs of the compiled graph, so compiling
+one of them compiles them all (regional compilation). The number of tokens is dynamic: prefill and decode share it too.
+"""
+
+import os
+
+import torch
+from torch import nn
+
+from engine_core.model_loader import LoadedModel
+from minivllm.cache import cache_dir
+
+
+def compile_layers(loaded: LoadedModel) -> int:
+    """Mark every decoder layer for compilation at its first call; returns how many were found."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
+    torch._inductor.config.combo_kernels = True  # independent kernels side by side in one launch: q and k norms
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+    layers = decoder_layers(loaded)
+    for layer in layers:
+        layer.compile(dynamic=True, fullgraph=True)
+    return len(layers)
+
+
+def decoder_layers(loaded: LoadedModel) -> list[nn.Module]:
+    """The modules of the one list whose members hold one attention module each; empty when there is no such list."""
+    attention = {layer.module for layer in loaded.layers}
+    for module in loaded.model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == len(attention):
+            held = [sum(child in attention for child in member.modules()) for member in module]
+            if held == [1] * len(attention):
+                return list(module)
+    return []

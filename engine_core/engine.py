@@ -1,0 +1,255 @@
+"""The engine without sockets: add, abort, step. The server drives it over ZeroMQ, `minivllm.LLM` in-process.
+
+step()   schedule ─▶ launch N+1 ─┐ no wait for the device        depth 1 (GPU): N+1 runs while N is read
+         outputs  ◀─ update ◀─ collect N                         depth 0 (CPU): N is collected at once
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine_core.admission import Admission, choose_max_model_len
+from engine_core.kv_cache_manager import KVCacheManager
+from engine_core.kv_pool import KVPool, choose_num_blocks
+from engine_core.model_loader import load_model, measure_activation_bytes
+from engine_core.model_runner import ModelRunner, SampledTokens
+from engine_core.request import Request
+from engine_core.scheduler import Batch, Scheduler
+from engine_core.stats import EngineCounters
+from minivllm.config import EngineConfig
+from minivllm.errors import DuplicateRequestError
+from minivllm.protocol import EngineFacts, EngineStats, Finished, FinishReason
+from minivllm.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What one step brought for one request: new tokens, its end, or both."""
+
+    request_id: str
+    token_ids: list[int]
+    finished: Finished | None = None
+
+
+@dataclass(slots=True)
+class _Launched:
+    batch: Batch
+    tokens: SampledTokens
+    time: float
+
+
+class EngineCore:
+    """One model on one device, serving many requests. Not thread-safe: one thread calls everything."""
+
+    def __init__(
+        self, config: EngineConfig, directory: Path, report: Callable[[str], None] = lambda detail: None
+    ) -> None:
+        """Load the model in `directory`. `report` is told what goes on. Raises `StartupError`."""
+        self.config = config
+        report("loading the weights")
+        self.model = load_model(config, directory)
+        device = self.model.device
+        self.max_num_batched_tokens = config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS[device.type]
+        report("sizing the KV cache")
+        activation_bytes = measure_activation_bytes(self.model, self.max_num_batched_tokens, config.max_num_seqs)
+        num_blocks = choose_num_blocks(config, self.model.layout, device, activation_bytes)
+        self.max_model_len = choose_max_model_len(config, self.model, num_blocks)
+        self.admission = Admission(self.model.vocab_size, self.max_model_len, self.model.eos_token_ids)
+        self.kv_pool = KVPool(self.model.layout, num_blocks, config.block_size, device)
+        self.kv = KVCacheManager(num_blocks, config.block_size, config.enable_prefix_caching)
+        self.runner = self._make_runner()
+        self.runner.warm_up(report)
+        self.scheduler = Scheduler(self.kv, config.max_num_seqs, self.max_num_batched_tokens)
+        self.counters = EngineCounters()
+        self._requests: dict[str, Request] = {}
+        self._in_flight: deque[_Launched] = deque()
+        self._depth = 1 if device.type == "cuda" else 0
+        self._events: dict[str, RequestOutput] = {}  # ends that no step produced (aborts)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step()` has anything to do."""
+        return bool(self._events or self._in_flight or self.scheduler.has_work)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        output_token_ids: Sequence[int] = (),
+    ) -> None:
+        """Queue a request; with `output_token_ids` it continues after them. Raises `InvalidRequestError`."""
+        if request_id in self._requests or request_id in self._events:
+            raise DuplicateRequestError(f"request_id {request_id!r} is in use", "request_id")
+        request = self.admission.make_request(request_id, prompt_token_ids, params, output_token_ids)
+        self._requests[request_id] = request
+        self.counters.num_submitted += 1
+        self.scheduler.add(request)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End requests now; unknown ids (finished already) are ignored. Their end comes with the next `step()`."""
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._events[request_id] = RequestOutput(request_id, [], self._finish(request, "abort"))
+
+    def step(self) -> list[RequestOutput]:
+        """Launch the next pass and collect the oldest one in flight. Never waits longer than for one pass."""
+        outputs, self._events = list(self._events.values()), {}
+        if self._in_flight and not self.scheduler.can_run_ahead():
+            outputs += self._collect()
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            outputs += self._launch(batch)
+        if self._in_flight and (batch is None or len(self._in_flight) > self._depth):
+            outputs += self._collect()
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """All counters and gauges now."""
+        held = {block for request in self._held_requests() for block in request.block_table}
+        return self.counters.snapshot(self.scheduler, self.kv, len(held))
+
+    def facts(self, pid: int) -> EngineFacts:
+        """What does not change while this engine lives."""
+        return EngineFacts(
+            pid=pid,
+            model=self.config.model,
+            device=str(self.model.device),
+            dtype=str(self.model.layout.dtype).removeprefix("torch."),
+            vocab_size=self.model.vocab_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.config.max_num_seqs,
+            block_size=self.config.block_size,
+            num_blocks=self.kv_pool.num_blocks,
+            kv_bytes_per_token=self.model.layout.bytes_per_token,
+            weight_bytes=self.model.weight_bytes,
+            eos_token_ids=list(self.model.eos_token_ids),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise `ValueError` unless blocks, queues and counts reconcile. Call it between steps."""
+        self.kv.check_integrity(self._held_requests())
+        queued = {*self.scheduler.prefill_queue, *self.scheduler.decode_queue}
+        if queued != set(self._requests.values()):
+            raise ValueError(f"{len(queued)} requests queued, {len(self._requests)} known")
+        num_done = sum(self.counters.num_finished.values())
+        if self.counters.num_submitted != num_done + len(self._requests):
+            raise ValueError(
+                f"{self.counters.num_submitted} submitted, {num_done} finished, {len(self._requests)} live"
+            )
+
+    def _make_runner(self) -> ModelRunner:
+        sizes = (self.config.max_num_seqs, self.max_model_len)
+        if self.model.device.type != "cuda":
+            return ModelRunner(self.model, self.kv_pool, *sizes)
+        from engine_core.cuda_runner import CudaRunner  # needs triton, which a CPU does not
+
+        return CudaRunner(self.model, self.kv_pool, *sizes, eager=self.config.enforce_eager)
+
+    def _held_requests(self) -> set[Request]:
+        """Requests that may hold blocks: the live ones, and ended ones that a pass in flight still names."""
+        in_flight = {request for launched in self._in_flight for request in launched.batch.requests}
+        return in_flight | set(self._requests.values())
+
+    def _launch(self, batch: Batch) -> list[RequestOutput]:
+        now = time.monotonic()
+        for request in batch.started:
+            request.first_scheduled_time = request.first_scheduled_time or now
+        if self.config.log_step_composition:
+            logger.info("%s of %d tokens: %s", batch.kind, batch.num_tokens, _composition(batch))
+        try:
+            self._in_flight.append(_Launched(batch, self.runner.launch(batch), now))
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return self._fail(batch, error)
+        return []
+
+    def _fail(self, batch: Batch, error: Exception) -> list[RequestOutput]:
+        """The device had no memory for `batch`: its requests end with an error, all others go on."""
+        message = f"out_of_memory in a {batch.kind} step of {batch.num_tokens} tokens: {_first_line(error)}"
+        logger.error("%s; %d requests fail", message, len(batch.requests))
+        self.counters.num_oom_recoveries += 1
+        self.scheduler.cancel(batch)
+        self.kv.pool.reset_prefix_cache()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return [
+            RequestOutput(request.request_id, [], self._finish(request, "error", message=message))
+            for request in batch.requests
+            if not request.finished
+        ]
+
+    def _collect(self) -> list[RequestOutput]:
+        launched = self._in_flight.popleft()
+        tokens = launched.tokens.collect()
+        outputs = self._update(launched.batch, tokens)
+        self.scheduler.complete(launched.batch)
+        self.counters.step_done(launched.batch, time.monotonic() - launched.time)
+        return outputs
+
+    def _update(self, batch: Batch, tokens: list[int]) -> list[RequestOutput]:
+        outputs = []
+        now = time.monotonic()
+        num_prompt_tokens = 0
+        for request, token in zip(batch.sampled, tokens, strict=True):
+            request.num_pending -= 1
+            if request.finished:  # aborted or stopped while this pass was in flight: the token is dropped
+                continue
+            request.token_ids.append(token)
+            if not request.first_token_time:
+                request.first_token_time = now
+                num_prompt_tokens += request.num_prompt_tokens
+            finished = None
+            if token in request.stop_token_ids:
+                finished = self._finish(request, "stop", stop_token_id=token)
+            elif len(request.token_ids) >= request.max_total_tokens:
+                finished = self._finish(request, "length")
+            outputs.append(RequestOutput(request.request_id, [token], finished))
+        self.counters.tokens_done(num_prompt_tokens, len(outputs))
+        return outputs
+
+    def _finish(
+        self, request: Request, reason: FinishReason, stop_token_id: int | None = None, message: str | None = None
+    ) -> Finished:
+        del self._requests[request.request_id]
+        self.scheduler.remove(request)
+        now = time.monotonic()
+        scheduled = request.first_scheduled_time or now
+        first_token = request.first_token_time or now
+        request.finish = Finished(
+            reason=reason,
+            stop_token_id=stop_token_id,
+            num_cached_tokens=request.num_cached_tokens,
+            queue_time=scheduled - request.arrival_time,
+            prefill_time=first_token - scheduled,
+            decode_time=now - first_token,
+            message=message,
+        )
+        self.counters.request_finished(request.finish)
+        return request.finish
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch raises a plain RuntimeError when the CPU's memory is exhausted."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _composition(batch: Batch) -> str:
+    """`id[start:end]` of every request in the pass."""
+    parts = zip(batch.requests, batch.starts, batch.counts, strict=True)
+    return " ".join(f"{request.request_id}[{start}:{start + count}]" for request, start, count in parts)

@@ -1,0 +1,34 @@
+"""What a prefill pass needs from the host, packed into a few arrays so that few copies cross the bus."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine_core.scheduler import Batch
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class PrefillInputs:
+    """The packed tokens of all chunks."""
+
+    tokens: Ints  # [3, num_tokens]: token id, position, slot in the KV pool
+    last_index: list[int]  # where the last token of each complete prompt stands in the pass
+
+    @classmethod
+    def pack(cls, batch: Batch, block_size: int) -> "PrefillInputs":
+        """Concatenate the chunks of `batch`."""
+        tokens = np.empty((3, batch.num_tokens), dtype=np.int64)
+        last_index, end = [], 0
+        for request, start, count in zip(batch.requests, batch.starts, batch.counts, strict=True):
+            begin, end = end, end + count
+            positions = np.arange(start, start + count)
+            tokens[0, begin:end] = request.token_ids[start : start + count]
+            tokens[1, begin:end] = positions
+            blocks = np.array(request.block_table, dtype=np.int64)
+            tokens[2, begin:end] = blocks[positions // block_size] * block_size + positions % block_size
+            if start + count == len(request.token_ids):
+                last_index.append(end - 1)
+        return cls(tokens, last_index)

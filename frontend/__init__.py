@@ -1,0 +1,1 @@
+"""The HTTP process: validates, tokenizes, admits, streams. Imports neither torch nor transformers."""

@@ -1,0 +1,112 @@
+"""The HTTP application: which path is served by what. No logic."""
+
+from collections.abc import Awaitable, Callable
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from frontend.engine_client import EngineClient
+from frontend.generate import GenerateEndpoint
+from frontend.health import health, readiness
+from frontend.http_errors import EXCEPTION_HANDLERS
+from frontend.metrics import FrontendMetrics
+from frontend.middleware import ApiKeyMiddleware, RequestIdMiddleware
+from frontend.request_body import parse_body, read_body
+from frontend.request_preparation import run_for_size, tokenize
+from frontend.schemas import DetokenizeRequest, TokenizeRequest
+from frontend.tokenizer import Tokenizer
+from minivllm import __version__
+from minivllm.config import FrontendConfig
+from minivllm.errors import NotReadyError
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def make_app(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer, metrics: FrontendMetrics) -> Starlette:
+    """The application of one frontend process."""
+    generate = GenerateEndpoint(engine, tokenizer, config.max_request_bytes, config.enable_log_requests)
+    routes = [
+        Route("/generate", generate, methods=["POST"]),
+        Route("/tokenize", _tokenize(config, engine, tokenizer), methods=["POST"]),
+        Route("/detokenize", _detokenize(config, tokenizer), methods=["POST"]),
+        Route("/v1/requests/{request_id:path}", _abort(engine), methods=["DELETE"]),
+        Route("/health", _state(lambda: health(engine))),
+        Route("/ping", _state(lambda: health(engine)), methods=["GET", "POST"]),
+        Route("/ready", _state(lambda: readiness(engine))),
+        Route("/version", _version),
+        Route("/metrics", _metrics(metrics)),
+    ]
+    return Starlette(routes=routes, middleware=_middleware(config), exception_handlers=EXCEPTION_HANDLERS)
+
+
+def _middleware(config: FrontendConfig) -> list[Middleware]:
+    """From the outside in: a browser must be able to read a refusal, so CORS comes before the key."""
+    middleware = [Middleware(RequestIdMiddleware)]
+    if config.allowed_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=config.allowed_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["X-Request-Id"],
+            )
+        )
+    if config.api_key is not None:
+        middleware.append(Middleware(ApiKeyMiddleware, api_key=config.api_key))
+    return middleware
+
+
+def _tokenize(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer) -> Handler:
+    async def endpoint(request: Request) -> Response:
+        body = parse_body(TokenizeRequest, await read_body(request.scope, request.receive, config.max_request_bytes))
+        token_ids = await tokenize(body, tokenizer)
+        max_model_len = engine.link.facts.max_model_len if engine.link.facts else None
+        return JSONResponse({"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids})
+
+    return endpoint
+
+
+def _detokenize(config: FrontendConfig, tokenizer: Tokenizer) -> Handler:
+    async def endpoint(request: Request) -> Response:
+        body = parse_body(DetokenizeRequest, await read_body(request.scope, request.receive, config.max_request_bytes))
+        text = await run_for_size(
+            len(body.tokens), lambda: tokenizer.decode(body.tokens, skip_special_tokens=body.skip_special_tokens)
+        )
+        return JSONResponse({"prompt": text})
+
+    return endpoint
+
+
+def _abort(engine: EngineClient) -> Handler:
+    async def endpoint(request: Request) -> Response:
+        request_id = request.path_params["request_id"]
+        # The request may live in another frontend: the engine core knows all ids, and its owner hears of the end.
+        if not engine.send_abort([request_id]):
+            raise NotReadyError("the engine core is not connected")
+        return JSONResponse({"request_id": request_id, "status": "abort_requested"}, status_code=202)
+
+    return endpoint
+
+
+def _state(check: Callable[[], tuple[int, dict[str, str]]]) -> Handler:
+    async def endpoint(request: Request) -> Response:
+        status, body = check()
+        return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 503 else None)
+
+    return endpoint
+
+
+def _metrics(metrics: FrontendMetrics) -> Handler:
+    async def endpoint(request: Request) -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return endpoint
+
+
+async def _version(request: Request) -> Response:
+    return JSONResponse({"version": __version__})

@@ -1,0 +1,1 @@
+"""Measures the engine core in-process: no server, no tokenizer, random weights if need be."""

@@ -1,0 +1,1 @@
+"""Shows continuous batching at work in a terminal."""

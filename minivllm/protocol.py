@@ -1,0 +1,211 @@
+"""The messages between frontends and the engine core: what is said, not how it travels (see transport.py).
+
+A frame is the protocol version as one msgpack integer, then one positional msgpack array whose first element
+tells the kind. Any msgpack library can read it. `msgspec` checks every type and length while decoding, so garbage,
+truncated or hostile frames raise `ProtocolError` and nothing else.
+
+    frontend → engine core (PUSH → PULL)       engine core → frontend (XPUB → SUB, topic = frontend id)
+      Hello   I am here, answer me               Ready    the model is loaded; facts about it
+      Add     a request                          Outputs  new tokens of one step, in columns
+      Abort   forget these requests              Error    a request was refused before it was admitted
+      Ping    my lease                           Stats    heartbeat, with every number of /metrics
+                                                 Dead     the engine core is going away, and why
+
+Up, `seq` counts the messages of one frontend; down, the messages to one frontend: a gap means one was lost.
+`epoch` names one life of the engine core: it changes when the engine is restarted.
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from minivllm.errors import ProtocolError
+from minivllm.sampling_params import SamplingParams, TokenId
+
+PROTOCOL_VERSION = 1
+FRONTEND_ID_BYTES = 8  # fixed width: SUB topics match by prefix, so "1" would also receive what is sent to "10"
+
+FrontendId = Annotated[bytes, Meta(min_length=FRONTEND_ID_BYTES, max_length=FRONTEND_ID_BYTES)]
+RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
+Counter = Annotated[int, Meta(ge=0)]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of all messages: positional, immutable, extra fields refused."""
+
+
+class Hello(Message, frozen=True, tag=1):
+    frontend_id: FrontendId
+    seq: Counter
+
+
+class Add(Message, frozen=True, tag=2):
+    """One request. `output_token_ids` are tokens already emitted: the engine continues after them."""
+
+    frontend_id: FrontendId
+    seq: Counter
+    request_id: RequestId
+    prompt_token_ids: Annotated[list[TokenId], Meta(min_length=1)]
+    params: SamplingParams
+    output_token_ids: list[TokenId] = []
+
+
+class Abort(Message, frozen=True, tag=3):
+    frontend_id: FrontendId
+    seq: Counter
+    request_ids: list[RequestId]
+
+
+class Ping(Message, frozen=True, tag=4):
+    frontend_id: FrontendId
+    seq: Counter
+
+
+class EngineFacts(Struct, frozen=True, array_like=True):
+    """What a frontend must know of the loaded model. `block_size` in tokens, the rest as named."""
+
+    pid: int
+    model: str
+    device: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    block_size: int
+    num_blocks: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+    eos_token_ids: list[TokenId]
+
+
+class Finished(Struct, frozen=True, array_like=True):
+    """Why and how one request ended. Times in seconds, on the engine core's monotonic clock.
+
+    queue_time: arrival to first scheduled; prefill_time: to the first token; decode_time: to the last token.
+    """
+
+    reason: FinishReason
+    stop_token_id: TokenId | None = None
+    num_cached_tokens: int = 0
+    queue_time: float = 0.0
+    prefill_time: float = 0.0
+    decode_time: float = 0.0
+    message: str | None = None
+
+
+class Ready(Message, frozen=True, tag=16):
+    epoch: Counter
+    seq: Counter
+    facts: EngineFacts
+
+
+class Outputs(Message, frozen=True, tag=17):
+    """New tokens of one step. Request i got the next `counts[i]` ids of the flat column `token_ids`.
+
+    A request that ends without a new token (abort) stands in `request_ids` with count 0.
+    """
+
+    epoch: Counter
+    seq: Counter
+    request_ids: list[RequestId]
+    counts: list[Counter]
+    token_ids: list[TokenId]
+    finished: dict[RequestId, Finished] = {}
+
+    def __post_init__(self) -> None:
+        if len(self.counts) != len(self.request_ids) or sum(self.counts) != len(self.token_ids):
+            raise ValueError("columns of an Outputs message do not fit together")
+
+
+class Error(Message, frozen=True, tag=18):
+    """`request_id` was refused. `param` names the field at fault; `code` is a short machine-readable word."""
+
+    epoch: Counter
+    seq: Counter
+    request_id: RequestId
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Histogram(Struct, array_like=True):
+    """Kept by the engine core, cumulative: `counts[i]` values fell in (bounds[i-1], bounds[i]], the last above all."""
+
+    bounds: list[float]
+    counts: list[int]
+    sum: float = 0.0
+
+
+class EngineStats(Struct, array_like=True, kw_only=True):
+    """Gauges now, counters since the engine core started. Tokens, blocks, bytes and seconds."""
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_blocks_used: int = 0  # referred to by a live request
+    kv_blocks_cached: int = 0  # unreferenced, but their content can be found again by prefix
+    kv_blocks_free: int = 0
+    kv_blocks_leaked: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0  # in tokens
+    prefix_cache_hits: int = 0  # in tokens
+    num_requests_submitted: int = 0
+    num_requests_finished: dict[str, int] = {}  # by finish reason
+    tokens_per_second: float = 0.0
+    gpu_memory_bytes: int = 0
+    histograms: dict[str, Histogram] = {}
+    num_oom_recoveries: int = 0
+
+
+class Stats(Message, frozen=True, tag=19):
+    epoch: Counter
+    seq: Counter
+    stats: EngineStats
+
+
+class Dead(Message, frozen=True, tag=20):
+    epoch: Counter
+    seq: Counter
+    reason: str
+
+
+FrontendMessage = Hello | Add | Abort | Ping
+EngineMessage = Ready | Outputs | Error | Stats | Dead
+
+_T = TypeVar("_T")
+_encoder = msgspec.msgpack.Encoder()
+_frontend_decoder: msgspec.msgpack.Decoder[FrontendMessage] = msgspec.msgpack.Decoder(FrontendMessage)
+_engine_decoder: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
+
+
+def encode(message: Message) -> bytearray:
+    """`message` as one frame: version, then array."""
+    frame = bytearray((PROTOCOL_VERSION,))
+    _encoder.encode_into(message, frame, 1)
+    return frame
+
+
+def decode_from_frontend(frame: bytes | memoryview) -> FrontendMessage:
+    """One frame received by the engine core. Raises `ProtocolError`."""
+    return _decode(_frontend_decoder, frame)
+
+
+def decode_from_engine(frame: bytes | memoryview) -> EngineMessage:
+    """One frame received by a frontend. Raises `ProtocolError`."""
+    return _decode(_engine_decoder, frame)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes | memoryview) -> _T:
+    view = memoryview(frame)
+    if len(view) < 2:
+        raise ProtocolError(f"a frame of {len(view)} bytes is too short to be a message")
+    if view[0] != PROTOCOL_VERSION:
+        raise ProtocolError(f"protocol version {view[0]}, but this process speaks version {PROTOCOL_VERSION}")
+    try:
+        message: _T = decoder.decode(view[1:])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ProtocolError(f"not a message: {error}") from error
+    return message

@@ -1,0 +1,260 @@
+"""An engine core without a model, over the real sockets: it emits scripted tokens and can misbehave on command.
+
+In a test:                      with FakeEngine(socket_dir) as engine: …; engine.wait_for(lambda: engine.aborted)
+For a load test of frontends:   python -m tests.support.fake_engine DIRECTORY [STEP_SECONDS]
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import zmq
+from msgspec import Struct
+
+from minivllm.protocol import (
+    FRONTEND_ID_BYTES,
+    Abort,
+    Add,
+    Dead,
+    EngineFacts,
+    EngineStats,
+    Error,
+    Finished,
+    FinishReason,
+    FrontendMessage,
+    Hello,
+    Histogram,
+    Message,
+    Outputs,
+    Ping,
+    Ready,
+    Stats,
+    decode_from_frontend,
+    encode,
+)
+from minivllm.transport import Endpoints, engine_input, engine_output, make_socket_dir
+
+HEARTBEAT_SECONDS = 0.2
+WAIT_SECONDS = 20.0
+
+
+class FakeRequest(Struct):
+    """A request that runs: what is still to be emitted."""
+
+    owner: bytes
+    tokens: list[int]
+    reason: FinishReason
+    num_emitted: int = 0
+
+
+def echo(add: Add) -> list[int]:
+    """The default script: the prompt's ids over and over, up to max_tokens."""
+    length = add.params.max_tokens or 16
+    repeats = -(-length // len(add.prompt_token_ids))
+    return (add.prompt_token_ids * repeats)[:length]
+
+
+class FakeEngine:
+    """Runs in a thread between `start` and `stop`. Public attributes may be changed at any time.
+
+    script: the output of a request; step_seconds: pause between steps; tokens_per_step: for each request.
+    holding: requests are admitted but nothing comes; silent: not even heartbeats; refusal: answer to every Add.
+    failure: how the first step of every request ends; num_allowed: steps to make before holding (None: no limit).
+    lose_next: this many outputs get a sequence number but are never sent. adds, aborted, num_pings: what was received.
+    """
+
+    def __init__(self, socket_dir: Path, vocab_size: int = 1000, max_model_len: int = 256) -> None:
+        self.endpoints = Endpoints.in_directory(socket_dir)
+        self.facts = EngineFacts(1, "fake", "cpu", "float32", vocab_size, max_model_len, 256, 16, 64, 1, 1, [])
+        self.stats = EngineStats(
+            num_requests_running=3,
+            kv_blocks_used=1,
+            kv_blocks_cached=1,
+            kv_blocks_free=2,
+            prompt_tokens=11,
+            histograms={"iteration_tokens": Histogram([1.0, 8.0], [1, 2, 3], 40.0)},
+        )
+        self.script: Callable[[Add], list[int]] = echo
+        self.step_seconds = 0.001
+        self.tokens_per_step = 1
+        self.holding = False
+        self.silent = False
+        self.answer_hello = True
+        self.refusal: tuple[str, str | None] | None = None
+        self.failure: str | None = None
+        self.num_allowed: int | None = None
+        self.lose_next = 0
+        self.epoch = time.time_ns()
+        self.adds: dict[str, Add] = {}
+        self.aborted: list[str] = []
+        self.num_pings = 0
+        self._requests: dict[str, FakeRequest] = {}
+        self._sequence: dict[bytes, int] = {}
+        self._farewell: str | None = None
+        self._raw: list[bytes] = []
+        self._changed = threading.Condition()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
+
+    def start(self) -> Self:
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End as a killed engine core would: without a word."""
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_for(self, condition: Callable[[], Any]) -> None:
+        """Wait until `condition()` holds; looked at after every step."""
+        with self._changed:
+            if not self._changed.wait_for(condition, WAIT_SECONDS):
+                raise TimeoutError("the fake engine did not see what the test waits for")
+
+    def say_dead(self, reason: str) -> None:
+        """Announce the end at the next step, then keep quiet."""
+        self._farewell = reason
+
+    def send_raw(self, frame: bytes) -> None:
+        """Send `frame` to every frontend at the next step."""
+        self._raw.append(frame)
+
+    def _run(self) -> None:
+        with zmq.Context() as context:
+            self._input = engine_input(context, self.endpoints)
+            self._output = engine_output(context, self.endpoints)
+            next_beat = time.monotonic()
+            while not self._stop.is_set():
+                self._input.poll(self.step_seconds * 1000)
+                self._receive()
+                self._step()
+                if time.monotonic() >= next_beat:
+                    next_beat += HEARTBEAT_SECONDS
+                    self._broadcast(lambda seq: Stats(self.epoch, seq, self.stats))
+                with self._changed:
+                    self._changed.notify_all()
+            self._input.close()
+            self._output.close()
+        self.endpoints.unlink()
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                self._handle(decode_from_frontend(self._input.recv(zmq.NOBLOCK)))
+        except zmq.Again:
+            pass
+        while self._output.poll(0):
+            frame = self._output.recv()
+            if frame[0] == 1 and len(frame) == FRONTEND_ID_BYTES + 1:
+                self._sequence.setdefault(frame[1:], 0)
+
+    def _handle(self, message: FrontendMessage) -> None:
+        match message:
+            case Hello():
+                if self.answer_hello:
+                    self._send(message.frontend_id, lambda seq: Ready(self.epoch, seq, self.facts))
+            case Add():
+                self._add(message)
+            case Abort():
+                self._abort(message.request_ids)
+            case Ping():
+                self.num_pings += 1
+
+    def _add(self, add: Add) -> None:
+        self.adds[add.request_id] = add
+        if self.refusal is not None:
+            text, param = self.refusal
+            self._send(
+                add.frontend_id, lambda seq: Error(self.epoch, seq, add.request_id, "invalid_request", text, param)
+            )
+            return
+        tokens = self.script(add)
+        reason: FinishReason = "length" if len(tokens) == add.params.max_tokens else "stop"
+        self._requests[add.request_id] = FakeRequest(add.frontend_id, tokens, reason)
+
+    def _abort(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
+        for request_id in request_ids:
+            request = self._requests.pop(request_id, None)
+            if request is not None:
+                self._publish(request.owner, {request_id: []}, {request_id: Finished("abort")})
+
+    def _step(self) -> None:
+        for frame in self._raw:
+            for frontend_id in self._sequence:
+                self._output.send_multipart((frontend_id, frame))
+        self._raw.clear()
+        if self._farewell is not None:
+            reason = self._farewell
+            self._broadcast(lambda seq: Dead(self.epoch, seq, reason))
+            self.silent = True
+        if self.holding or self.silent:
+            return
+        owners = {request.owner for request in self._requests.values()}
+        if owners and self.num_allowed is not None:
+            if self.num_allowed == 0:
+                return
+            self.num_allowed -= 1
+        for owner in owners:
+            self._step_for(owner)
+
+    def _step_for(self, owner: bytes) -> None:
+        outputs: dict[str, list[int]] = {}
+        finished: dict[str, Finished] = {}
+        for request_id, request in self._requests.items():
+            if request.owner == owner:
+                start = request.num_emitted
+                outputs[request_id] = request.tokens[start : start + self.tokens_per_step]
+                request.num_emitted = start + len(outputs[request_id])
+                if self.failure is not None:
+                    outputs[request_id] = []
+                    finished[request_id] = Finished("error", message=self.failure)
+                elif request.num_emitted == len(request.tokens):
+                    finished[request_id] = Finished(request.reason, None, 2, 0.01, 0.02, 0.03)
+        for request_id in finished:
+            del self._requests[request_id]
+        self._publish(owner, outputs, finished)
+
+    def _publish(self, owner: bytes, outputs: dict[str, list[int]], finished: dict[str, Finished]) -> None:
+        if self.lose_next:
+            self.lose_next -= 1
+            self._sequence[owner] += 1
+            return
+        flat = [token for tokens in outputs.values() for token in tokens]
+        counts = [len(tokens) for tokens in outputs.values()]
+        self._send(owner, lambda seq: Outputs(self.epoch, seq, list(outputs), counts, flat, finished))
+
+    def _broadcast(self, make: Callable[[int], Message]) -> None:
+        for frontend_id in self._sequence:
+            self._send(frontend_id, make)
+
+    def _send(self, frontend_id: bytes, make: Callable[[int], Message]) -> None:
+        if self.silent or frontend_id not in self._sequence:
+            return
+        message = make(self._sequence[frontend_id])
+        self._sequence[frontend_id] += 1
+        self._output.send_multipart((frontend_id, encode(message)))
+
+
+def main() -> None:
+    """Serve until interrupted."""
+    engine = FakeEngine(make_socket_dir(Path(sys.argv[1])), vocab_size=49152, max_model_len=8192)
+    engine.step_seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
+    engine.start()
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        engine.stop()
+
+
+if __name__ == "__main__":
+    main()

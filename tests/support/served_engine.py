@@ -1,0 +1,176 @@
+"""An `EngineServer` in a thread, over real sockets, and a frontend without HTTP that speaks to it."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from engine_core.engine import EngineCore
+from engine_core.server import EngineServer
+from minivllm import transport
+from minivllm.protocol import (
+    Abort,
+    Add,
+    EngineMessage,
+    Hello,
+    Message,
+    Outputs,
+    Ping,
+    Ready,
+    Stats,
+    decode_from_engine,
+    encode,
+)
+from minivllm.sampling_params import SamplingParams
+from tests.support.engines import assert_idle, run_to_end
+
+WAIT_MS = 20_000
+logger = logging.getLogger(__name__)
+
+
+class ServedEngine:
+    """`serve()` runs the loop in a thread; leaving the `with` block stops it and checks the engine for leaks."""
+
+    def __init__(self, engine: EngineCore, directory: Path, **options: Any) -> None:
+        self.engine = engine
+        self.endpoints = transport.Endpoints.in_directory(directory)
+        self.server = EngineServer(self.endpoints, **options)
+        self.server.bind()
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def serve(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join(WAIT_MS / 1000)
+        assert not self._thread.is_alive()
+
+    def __enter__(self) -> "ServedEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop()
+        if self._thread.ident is None:
+            self.server.close("the test is over")
+            return
+        self.join()
+        self.engine.abort(list(self.engine._requests))
+        run_to_end(self.engine)
+        assert_idle(self.engine)
+
+    def _run(self) -> None:
+        try:
+            self.server.run(self.engine, self.engine.facts(1))
+        except RuntimeError as error:
+            logger.info("the server ended: %s", error)
+            self.error = error
+
+
+class Frontend:
+    """One frontend: checks that each message is addressed to it, of one epoch, and none is lost."""
+
+    def __init__(self, endpoints: transport.Endpoints, frontend_id: bytes, subscribe: bool = True) -> None:
+        self.frontend_id = frontend_id
+        self._endpoints = endpoints
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._output = transport.frontend_output(self._context, endpoints)
+        self._input: Any = None
+        self._seq_out = 0
+        self._seq_in = 0
+        self.epoch: int | None = None
+        self.tokens: dict[str, list[int]] = {}
+        self.reasons: dict[str, str] = {}
+        if subscribe:
+            self.subscribe()
+
+    def subscribe(self) -> None:
+        self._input = transport.frontend_input(self._context, self._endpoints, self.frontend_id)
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+    def send_frame(self, frame: bytes | bytearray) -> None:
+        """Any bytes, as soon as the engine core is connected."""
+        assert self._output.poll(WAIT_MS, zmq.POLLOUT), "the engine core does not listen"
+        self._output.send(frame, zmq.NOBLOCK)
+
+    def send(self, make: Callable[[bytes, int], Message]) -> None:
+        self.send_frame(encode(make(self.frontend_id, self._seq_out)))
+        self._seq_out += 1
+
+    def hello(self) -> None:
+        self.send(Hello)
+
+    def ping(self) -> None:
+        self.send(Ping)
+
+    def add(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
+        self.send(lambda frontend_id, seq: Add(frontend_id, seq, request_id, prompt, params))
+
+    def abort(self, *request_ids: str) -> None:
+        self.send(lambda frontend_id, seq: Abort(frontend_id, seq, list(request_ids)))
+
+    def skip_seq(self) -> None:
+        self._seq_out += 1
+
+    def receive(self, timeout_ms: int = WAIT_MS) -> EngineMessage | None:
+        """The next message, or None when none comes."""
+        if not self._input.poll(timeout_ms):
+            return None
+        topic, frame = self._input.recv_multipart()
+        assert topic == self.frontend_id
+        message = decode_from_engine(frame)
+        assert message.seq == self._seq_in, "a message was lost"
+        self._seq_in += 1
+        self.epoch = self.epoch or message.epoch
+        assert message.epoch == self.epoch
+        if isinstance(message, Outputs):
+            self._note(message)
+        return message
+
+    def wait_for(self, condition: Callable[[EngineMessage], bool], keep_alive: bool = False) -> EngineMessage:
+        """The first message that meets `condition`."""
+        while (message := self.receive()) is not None:
+            if condition(message):
+                return message
+            if keep_alive and isinstance(message, Stats):
+                self.ping()
+        raise AssertionError(f"frontend {self.frontend_id!r} waited {WAIT_MS} ms in vain")
+
+    def wait_ready(self) -> Ready:
+        message = self.wait_for(lambda message: isinstance(message, Ready))
+        assert isinstance(message, Ready)
+        return message
+
+    def wait_finished(self, *request_ids: str) -> None:
+        self.wait_for(lambda _: set(request_ids) <= self.reasons.keys())
+
+    def wait_token(self, request_id: str) -> None:
+        self.wait_for(lambda _: bool(self.tokens.get(request_id)))
+
+    def _note(self, message: Outputs) -> None:
+        start = 0
+        for request_id, count in zip(message.request_ids, message.counts, strict=True):
+            assert request_id not in self.reasons, f"{request_id} speaks after its end"
+            self.tokens.setdefault(request_id, []).extend(message.token_ids[start : start + count])
+            start += count
+        self.reasons |= {request_id: finished.reason for request_id, finished in message.finished.items()}
+
+
+@contextmanager
+def connected(served: ServedEngine, *frontend_ids: bytes) -> Iterator[list[Frontend]]:
+    """Frontends of a serving engine that have received READY."""
+    frontends = [Frontend(served.endpoints, frontend_id) for frontend_id in frontend_ids]
+    try:
+        for frontend in frontends:
+            frontend.hello()
+            frontend.wait_ready()
+        yield frontends
+    finally:
+        for frontend in frontends:
+            frontend.close()

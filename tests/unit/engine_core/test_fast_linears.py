@@ -1,0 +1,83 @@
+"""Fused and packed projections: the same logits, fewer and faster products."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from engine_core.cpu_linear import PackedLinear, pack_linears
+from engine_core.fusion import FusedLinear, _called_in_turn, fuse_projections
+from tests.support.models import TINY_MODELS, make_tiny_model
+
+TOKENS = torch.tensor([[5, 9, 2, 7, 7]])
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.inference_mode():
+        output: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    return output
+
+
+def count(model: PreTrainedModel, kind: type[nn.Module]) -> int:
+    return sum(type(module) is kind for module in model.modules())
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("llama", 4), ("qwen2", 4), ("qwen3", 4), ("gpt2", 0), ("gpt_neox", 0)])
+def test_fusing_changes_no_logits(kind: str, groups: int) -> None:
+    model = make_tiny_model(TINY_MODELS[kind]())
+    expected = logits(model)
+    assert fuse_projections(model) == groups  # q/k/v and gate/up in each of two layers
+    assert count(model, FusedLinear) == groups
+    torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("order", "inputs", "in_turn"),
+    [
+        ((0, 1, 2), (7, 7, 7), True),
+        ((1, 0, 2), (7, 7, 7), False),  # another one first: its part would not be there yet
+        ((0, 1, 2), (7, 7, 8), False),  # not of the same input
+        ((0, 1), (7, 7), False),
+        ((0, 1, 2, 0), (7, 7, 7, 7), False),
+    ],
+)
+def test_only_projections_called_in_turn_are_fused(
+    order: tuple[int, ...], inputs: tuple[int, ...], in_turn: bool
+) -> None:
+    linears = [nn.Linear(2, 2) for _ in range(3)]
+    calls: list[tuple[nn.Module, int]] = [(linears[i], source) for i, source in zip(order, inputs, strict=True)]
+    assert _called_in_turn(calls, linears) == in_turn
+
+
+@pytest.mark.parametrize("kind", sorted(TINY_MODELS))
+def test_packing_replaces_every_linear_and_no_logits(kind: str) -> None:
+    model = make_tiny_model(TINY_MODELS[kind]())
+    fuse_projections(model)
+    expected = logits(model)
+    packed = pack_linears(model)
+    assert packed == count(model, PackedLinear) > 0
+    assert count(model, nn.Linear) == 0
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_packing_is_undone_where_a_model_reads_a_weight_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny_model(TINY_MODELS["llama"]())
+    expected, linears = logits(model), count(model, nn.Linear)
+    head = model.get_output_embeddings()
+    forward = type(model).forward
+
+    def reading_forward(self: PreTrainedModel, **arguments: object) -> object:
+        assert self.get_output_embeddings().weight is not None
+        return forward(self, **arguments)
+
+    monkeypatch.setattr(type(model), "forward", reading_forward)
+    assert pack_linears(model) == 0
+    assert count(model, nn.Linear) == linears
+    assert model.get_output_embeddings() is head
+    assert torch.equal(logits(model), expected)
+
+
+def test_other_number_formats_are_left_alone() -> None:
+    model = make_tiny_model(TINY_MODELS["llama"]())
+    model.bfloat16()
+    assert pack_linears(model) == 0

@@ -1,0 +1,226 @@
+"""The wire format: what is said arrives, any msgpack library reads it, and garbage is only a `ProtocolError`."""
+
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minivllm import protocol
+from minivllm.errors import ProtocolError
+from minivllm.protocol import (
+    PROTOCOL_VERSION,
+    Abort,
+    Add,
+    Dead,
+    EngineFacts,
+    EngineMessage,
+    EngineStats,
+    Error,
+    Finished,
+    FrontendMessage,
+    Hello,
+    Histogram,
+    Outputs,
+    Ping,
+    Ready,
+    Stats,
+    decode_from_engine,
+    decode_from_frontend,
+    encode,
+)
+from minivllm.sampling_params import SamplingParams
+
+FRONTEND = b"front-01"
+PARAMS = SamplingParams(
+    temperature=0.5,
+    top_k=7,
+    logit_bias={3: -1.5},
+    seed=-(2**63),
+    stop=("\n", "é"),
+    stop_token_ids=(1, 2),
+    max_tokens=None,
+)
+FACTS = EngineFacts(1, "m", "cpu", "float32", 320, 256, 4, 16, 40, 512, 10**12, [2])
+FRONTEND_MESSAGES: list[FrontendMessage] = [
+    Hello(FRONTEND, 0),
+    Add(FRONTEND, 1, "request-é", [0, 1, 2**31 - 1], PARAMS, [5]),
+    Add(FRONTEND, 2, "r" * 256, [1] * 5000, SamplingParams()),
+    Abort(FRONTEND, 3, ["a", "b"]),
+    Ping(FRONTEND, 2**40),
+]
+ENGINE_MESSAGES: list[EngineMessage] = [
+    Ready(2**62, 0, FACTS),
+    Outputs(1, 1, ["a", "b", "c"], [2, 0, 1], [7, 8, 9], {"b": Finished("abort"), "c": Finished("stop", 9, 4, 0.1)}),
+    Outputs(1, 2, [], [], []),
+    Error(1, 3, "a", "invalid_request", "max_tokens is 9 …", "max_tokens"),
+    Stats(1, 4, EngineStats(num_requests_running=2, histograms={"h": Histogram([1.0], [2, 3], 4.5)})),
+    Dead(1, 5, "stopped"),
+]
+FRAMES = [bytes(encode(message)) for message in (*FRONTEND_MESSAGES, *ENGINE_MESSAGES)]
+
+
+def raw(*elements: Any, version: int = PROTOCOL_VERSION) -> bytes:
+    """A frame with any content."""
+    packed: bytes = msgpack.packb(list(elements))
+    return bytes((version,)) + packed
+
+
+def decode_both(frame: bytes) -> list[FrontendMessage | EngineMessage]:
+    """What each side makes of `frame`; nothing but a `ProtocolError` may come out."""
+    decoded: list[FrontendMessage | EngineMessage] = []
+    for decode in (decode_from_frontend, decode_from_engine):
+        try:
+            decoded.append(decode(frame))
+        except ProtocolError:
+            continue
+    return decoded
+
+
+@pytest.mark.parametrize("message", FRONTEND_MESSAGES, ids=lambda message: type(message).__name__)
+def test_frontend_messages_survive_the_wire(message: FrontendMessage) -> None:
+    frame = bytes(encode(message))
+    assert decode_from_frontend(frame) == message
+    assert decode_from_frontend(memoryview(frame)) == message
+    with pytest.raises(ProtocolError):
+        decode_from_engine(frame)
+
+
+@pytest.mark.parametrize("message", ENGINE_MESSAGES, ids=lambda message: type(message).__name__)
+def test_engine_messages_survive_the_wire(message: EngineMessage) -> None:
+    frame = bytes(encode(message))
+    assert decode_from_engine(frame) == message
+    with pytest.raises(ProtocolError):
+        decode_from_frontend(frame)
+
+
+def test_any_msgpack_library_can_read_a_frame() -> None:
+    unpacker = msgpack.Unpacker()
+    unpacker.feed(bytes(encode(Abort(FRONTEND, 3, ["a", "b"]))))
+    assert list(unpacker) == [PROTOCOL_VERSION, [3, FRONTEND, 3, ["a", "b"]]]
+    unpacker.feed(bytes(encode(ENGINE_MESSAGES[1])))
+    version, fields = unpacker
+    assert version == PROTOCOL_VERSION
+    assert fields[:6] == [17, 1, 1, ["a", "b", "c"], [2, 0, 1], [7, 8, 9]]
+
+
+def test_any_msgpack_library_can_write_a_frame() -> None:
+    assert decode_from_frontend(raw(4, FRONTEND, 9)) == Ping(FRONTEND, 9)
+    assert decode_from_frontend(raw(2, FRONTEND, 0, "a", [1], [])) == Add(FRONTEND, 0, "a", [1], SamplingParams())
+
+
+def test_another_version_is_named() -> None:
+    with pytest.raises(ProtocolError, match=r"protocol version 2, but this process speaks version 1"):
+        decode_from_frontend(raw(4, FRONTEND, 0, version=2))
+
+
+@pytest.mark.parametrize("frame", [b"", b"\x01"])
+def test_short_frames_are_named(frame: bytes) -> None:
+    with pytest.raises(ProtocolError, match=f"a frame of {len(frame)} bytes is too short"):
+        decode_from_frontend(frame)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        raw(99, FRONTEND, 0),
+        raw("1", FRONTEND, 0),
+        raw(),
+        raw(1),
+        raw(1, b"short", 0),
+        raw(1, FRONTEND + b"x", 0),
+        raw(1, "front-01", 0),
+        raw(1, FRONTEND, -1),
+        raw(1, FRONTEND, 0, "extra"),
+        raw(1, FRONTEND, 0.5),
+        raw(2, FRONTEND, 0, "", [1], []),
+        raw(2, FRONTEND, 0, "r" * 257, [1], []),
+        raw(2, FRONTEND, 0, "a", [], []),
+        raw(2, FRONTEND, 0, "a", [-1], []),
+        raw(2, FRONTEND, 0, "a", [2**31], []),
+        raw(2, FRONTEND, 0, "a", ["1"], []),
+        raw(2, FRONTEND, 0, "a", [1], [-1.0]),
+        raw(2, FRONTEND, 0, "a", [1], [float("nan")]),
+        raw(2, FRONTEND, 0, "a", [1], [1.0, 2**64 - 1]),
+        raw(2, FRONTEND, 0, "a", [1], {"temperature": 1.0}),
+        raw(2, FRONTEND, 0, "a", [1], [], [[]]),
+        raw(3, FRONTEND, 0, "abc"),
+        raw(3, FRONTEND, 0, [None]),
+        raw(17, 0, 0, ["a"], [2], [1], {}),
+        raw(17, 0, 0, ["a"], [], [], {}),
+        raw(17, 0, 0, ["a"], [-1], [], {}),
+        raw(17, 0, 0, ["a"], [0], [], {"a": ["tired"]}),
+        msgpack.packb(1) + b"\xdd\xff\xff\xff\xff",
+        msgpack.packb(1) + b"\x94\x03\xc4\x08front-01\x00\xdd\xff\xff\xff\xff\xa1a",
+        msgpack.packb(1) + b"\x94\x03\xc6\xff\xff\xff\xfffront-01",
+        msgpack.packb(1) + b"\x91" * 100_000,
+        msgpack.packb(1) + b"\x92\x13\x00" + b"\x81\xa1a" * 100_000,
+        msgpack.packb(1)
+        + msgpack.packb([16, 0, 0, [1, "m", "cpu", "f", 1, 1, 1, 1, 1, 1, 1, []]])[:-1]
+        + b"\x91" * 9999,
+    ],
+)
+def test_hostile_frames_are_protocol_errors(frame: bytes) -> None:
+    assert decode_both(frame) == []
+
+
+def test_deep_nesting_in_a_field_that_is_skipped_is_a_protocol_error() -> None:
+    facts = list(msgspec.structs.astuple(FACTS))
+    frame = raw(16, 0, 0, [*facts, "@"])
+    at = frame.rindex(b"\xa1@")
+    with pytest.raises(ProtocolError):
+        decode_from_engine(frame[:at] + b"\x91" * 200_000 + b"\x01" + frame[at + 2 :])
+
+
+@pytest.mark.parametrize("frame", FRAMES, ids=lambda frame: f"{len(frame)} bytes")
+def test_every_truncation_is_a_protocol_error(frame: bytes) -> None:
+    for end in range(0, len(frame), max(1, len(frame) // 200)):
+        assert decode_both(frame[:end]) == []
+
+
+def test_trailing_bytes_are_a_protocol_error() -> None:
+    for frame in FRAMES:
+        assert decode_both(frame + b"\x01") == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_only_raise_protocol_errors(content: bytes) -> None:
+    for frame in (content, bytes((PROTOCOL_VERSION,)) + content):
+        for message in decode_both(frame):
+            assert isinstance(message, protocol.Message)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(FRAMES), st.data())
+def test_mutated_frames_only_raise_protocol_errors(frame: bytes, data: st.DataObject) -> None:
+    mutated = bytearray(frame)
+    for _ in range(data.draw(st.integers(1, 4), "mutations")):
+        at = data.draw(st.integers(0, min(len(mutated), 120) - 1), "position")
+        mutated[at] = data.draw(st.integers(0, 255), "byte")
+    for message in decode_both(bytes(mutated)):
+        assert decode_both(bytes(encode(message))) == [message] or message != message  # noqa: PLR0124 - NaN
+
+
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=9)
+)
+values = st.recursive(
+    leaves,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 21), st.lists(values, max_size=7))
+def test_well_formed_nonsense_only_raises_protocol_errors(tag: int, fields: list[Any]) -> None:
+    for message in decode_both(raw(tag, *fields)):
+        assert isinstance(message, protocol.Message)
