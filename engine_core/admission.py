@@ -3,9 +3,9 @@
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from engine_core.model_loader import LoadedModel
+from engine_core.model_loader import ModelFacts
 from engine_core.request import Request
 from minivllm.config import EngineConfig
 from minivllm.errors import InvalidRequestError, StartupError
@@ -17,10 +17,17 @@ logger = logging.getLogger(__name__)
 class Admission:
     """Turns what a client asks for into a `Request`, numbered in the order of arrival."""
 
-    def __init__(self, vocab_size: int, max_model_len: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        max_model_len: int,
+        eos_token_ids: Sequence[int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
+        self._clock = clock
         self._num_arrived = 0
 
     def make_request(
@@ -45,7 +52,7 @@ class Admission:
             max_total_tokens=num_prompt + max_tokens,
             seed=random.getrandbits(63) if params.seed is None else params.seed,
             arrival_index=self._num_arrived,
-            arrival_time=time.monotonic(),
+            arrival_time=self._clock(),
         )
 
     def _check(self, prompt: Sequence[int], params: SamplingParams, output: Sequence[int]) -> None:
@@ -72,7 +79,7 @@ class Admission:
             raise InvalidRequestError(f"{name} holds token id {bad}, the vocabulary has {vocab_size}", name)
 
 
-def choose_max_model_len(config: EngineConfig, model: LoadedModel, num_blocks: int) -> int:
+def choose_max_model_len(config: EngineConfig, model: ModelFacts, num_blocks: int) -> int:
     """The length asked for if model and KV cache can hold it, else as much as they can. Raises `StartupError`."""
     capacity = num_blocks * config.block_size
     if config.max_model_len is None:

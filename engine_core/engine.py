@@ -13,11 +13,9 @@ from pathlib import Path
 
 import torch
 
-from engine_core.admission import Admission, choose_max_model_len
+from engine_core.admission import Admission
+from engine_core.device import Device, LaunchedTokens, Report, load_device
 from engine_core.kv_cache_manager import KVCacheManager
-from engine_core.kv_pool import KVPool, choose_num_blocks
-from engine_core.model_loader import load_model, measure_activation_bytes
-from engine_core.model_runner import ModelRunner, SampledTokens
 from engine_core.request import Request
 from engine_core.scheduler import Batch, Scheduler
 from engine_core.stats import EngineCounters
@@ -27,8 +25,6 @@ from minivllm.protocol import EngineFacts, EngineStats, Finished, FinishReason
 from minivllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-_DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
 
 
 @dataclass(slots=True)
@@ -43,7 +39,7 @@ class RequestOutput:
 @dataclass(slots=True)
 class _Launched:
     batch: Batch
-    tokens: SampledTokens
+    tokens: LaunchedTokens
     time: float
 
 
@@ -51,28 +47,26 @@ class EngineCore:
     """One model on one device, serving many requests. Not thread-safe: one thread calls everything."""
 
     def __init__(
-        self, config: EngineConfig, directory: Path, report: Callable[[str], None] = lambda detail: None
+        self,
+        config: EngineConfig,
+        directory: Path,
+        report: Report = lambda detail: None,
+        load: Callable[[EngineConfig, Path, Report], Device] = load_device,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Load the model in `directory`. `report` is told what goes on. Raises `StartupError`."""
+        """Load the model in `directory`; `load` brings another device, `clock` another time. Raises `StartupError`."""
         self.config = config
-        report("loading the weights")
-        self.model = load_model(config, directory)
-        device = self.model.device
-        self.max_num_batched_tokens = config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS[device.type]
-        report("sizing the KV cache")
-        activation_bytes = measure_activation_bytes(self.model, self.max_num_batched_tokens, config.max_num_seqs)
-        num_blocks = choose_num_blocks(config, self.model.layout, device, activation_bytes)
-        self.max_model_len = choose_max_model_len(config, self.model, num_blocks)
-        self.admission = Admission(self.model.vocab_size, self.max_model_len, self.model.eos_token_ids)
-        self.kv_pool = KVPool(self.model.layout, num_blocks, config.block_size, device)
-        self.kv = KVCacheManager(num_blocks, config.block_size, config.enable_prefix_caching)
-        self.runner = self._make_runner()
-        self.runner.warm_up(report)
+        device = load(config, directory, report)
+        self.model, self.kv_pool, self.runner = device.model, device.kv_pool, device.runner
+        self.max_model_len, self.max_num_batched_tokens = device.max_model_len, device.max_num_batched_tokens
+        self.admission = Admission(self.model.vocab_size, self.max_model_len, self.model.eos_token_ids, clock)
+        self.kv = KVCacheManager(self.kv_pool.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.kv, config.max_num_seqs, self.max_num_batched_tokens)
-        self.counters = EngineCounters()
+        self.counters = EngineCounters(clock)
+        self._clock = clock
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[_Launched] = deque()
-        self._depth = 1 if device.type == "cuda" else 0
+        self._depth = device.depth
         self._events: dict[str, RequestOutput] = {}  # ends that no step produced (aborts)
 
     @property
@@ -148,21 +142,13 @@ class EngineCore:
                 f"{self.counters.num_submitted} submitted, {num_done} finished, {len(self._requests)} live"
             )
 
-    def _make_runner(self) -> ModelRunner:
-        sizes = (self.config.max_num_seqs, self.max_model_len)
-        if self.model.device.type != "cuda":
-            return ModelRunner(self.model, self.kv_pool, *sizes)
-        from engine_core.cuda_runner import CudaRunner  # needs triton, which a CPU does not
-
-        return CudaRunner(self.model, self.kv_pool, *sizes, eager=self.config.enforce_eager)
-
     def _held_requests(self) -> set[Request]:
         """Requests that may hold blocks: the live ones, and ended ones that a pass in flight still names."""
         in_flight = {request for launched in self._in_flight for request in launched.batch.requests}
         return in_flight | set(self._requests.values())
 
     def _launch(self, batch: Batch) -> list[RequestOutput]:
-        now = time.monotonic()
+        now = self._clock()
         for request in batch.started:
             request.first_scheduled_time = request.first_scheduled_time or now
         if self.config.log_step_composition:
@@ -195,12 +181,12 @@ class EngineCore:
         tokens = launched.tokens.collect()
         outputs = self._update(launched.batch, tokens)
         self.scheduler.complete(launched.batch)
-        self.counters.step_done(launched.batch, time.monotonic() - launched.time)
+        self.counters.step_done(launched.batch, self._clock() - launched.time)
         return outputs
 
     def _update(self, batch: Batch, tokens: list[int]) -> list[RequestOutput]:
         outputs = []
-        now = time.monotonic()
+        now = self._clock()
         num_prompt_tokens = 0
         for request, token in zip(batch.sampled, tokens, strict=True):
             request.num_pending -= 1
@@ -224,7 +210,7 @@ class EngineCore:
     ) -> Finished:
         del self._requests[request.request_id]
         self.scheduler.remove(request)
-        now = time.monotonic()
+        now = self._clock()
         scheduled = request.first_scheduled_time or now
         first_token = request.first_token_time or now
         request.finish = Finished(

@@ -30,19 +30,25 @@ _SAMPLER_COPIES = 6  # float32 logits, sorted, cumulated, noise …
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(slots=True)
-class LoadedModel:
-    """The model and the facts about it that the engine needs."""
+@dataclass(slots=True, kw_only=True)
+class ModelFacts:
+    """What scheduling and admission need to know of a model."""
 
-    model: PreTrainedModel
-    layers: list[AttentionLayer]
     layout: KVLayout
-    num_heads: int
     device: torch.device
     eos_token_ids: tuple[int, ...]
     max_positions: int  # longest sequence the model was made for
     vocab_size: int
     weight_bytes: int
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedModel(ModelFacts):
+    """The model itself, and the facts about it."""
+
+    model: PreTrainedModel
+    layers: list[AttentionLayer]
+    num_heads: int
 
 
 def load_model(config: EngineConfig, directory: Path) -> LoadedModel:

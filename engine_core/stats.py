@@ -4,6 +4,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
@@ -21,7 +22,8 @@ _RATE_WINDOW = 10.0  # seconds
 class EngineCounters:
     """Everything /metrics says of the engine core."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.num_submitted = 0
         self.num_finished: dict[str, int] = {}
         self.num_oom_recoveries = 0
@@ -52,14 +54,14 @@ class EngineCounters:
         """A pass brought `num_generated` tokens and completed prompts of `num_prompt_tokens` tokens."""
         self.prompt_tokens += num_prompt_tokens
         self.generation_tokens += num_generated
-        self._recent.append((time.monotonic(), num_generated))
+        self._recent.append((self._clock(), num_generated))
 
     def request_finished(self, finished: Finished) -> None:
         self.num_finished[finished.reason] = self.num_finished.get(finished.reason, 0) + 1
 
     def tokens_per_second(self) -> float:
         """Generated tokens, over the last 10 seconds."""
-        now = time.monotonic()
+        now = self._clock()
         while self._recent and self._recent[0][0] < now - _RATE_WINDOW:
             self._recent.popleft()
         return sum(num_generated for _, num_generated in self._recent) / _RATE_WINDOW

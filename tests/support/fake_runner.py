@@ -9,13 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, patch
 
 import torch
 
+from engine_core.device import Device, model_free_device
 from engine_core.engine import EngineCore
-from engine_core.kv_pool import KVLayout
-from engine_core.model_loader import LoadedModel
+from engine_core.kv_pool import KVLayout, choose_num_blocks
 from engine_core.request import Request
 from engine_core.scheduler import Batch
 from minivllm.config import EngineConfig
@@ -86,9 +85,6 @@ class FakeRunner:
         self._launched.append(_Pass(self, [self._chunk(batch, index) for index in range(len(batch.requests))]))
         return self._launched[-1]
 
-    def warm_up(self, report: Callable[[str], None]) -> None:
-        """Nothing to warm up."""
-
     def run(self, launched: _Pass) -> list[int]:
         assert self._launched.pop(0) is launched, "passes are collected in the order of their launch"
         return [token for chunk in launched.chunks if (token := self._run_chunk(chunk)) is not None]
@@ -123,19 +119,18 @@ class FakeRunner:
 def make_fake_engine(depth: int, **options: Any) -> tuple[EngineCore, FakeRunner]:
     """The real engine core over a fake device, with `depth` passes in flight between steps."""
     config = EngineConfig(model="fake", device="cpu", **options)
-    loaded = Mock(
-        spec=LoadedModel,
-        layout=KVLayout(1, 1, 1, torch.float32),
-        device=torch.device("cpu"),
-        eos_token_ids=(),
-        max_positions=1_000_000,
-        vocab_size=VOCAB_SIZE,
-    )
     runner = FakeRunner(config.block_size)
-    with (
-        patch("engine_core.engine.load_model", return_value=loaded),
-        patch("engine_core.engine.ModelRunner", return_value=runner),
-    ):
-        engine = EngineCore(config, Path("fake"))
-    engine._depth = depth
-    return engine, runner
+
+    def load(config: EngineConfig, directory: Path, report: Callable[[str], None]) -> Device:
+        num_blocks = choose_num_blocks(config, KVLayout(1, 1, 1, torch.float32), torch.device("cpu"))
+        return model_free_device(
+            runner,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_model_len=config.max_model_len or num_blocks * config.block_size,
+            max_num_batched_tokens=config.max_num_batched_tokens or 512,
+            depth=depth,
+            vocab_size=VOCAB_SIZE,
+        )
+
+    return EngineCore(config, Path("fake"), load=load), runner

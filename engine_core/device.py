@@ -1,0 +1,99 @@
+"""What an engine core runs on: a model, the memory for its K/V, and who runs its passes.
+
+`load_device` brings the real one. Whoever has no model, a simulation or a replay, hands the engine core a `Device` with
+a runner of its own: everything above, from admission to preemption, is then the very same code.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from engine_core.admission import choose_max_model_len
+from engine_core.kv_pool import KVLayout, KVPool, choose_num_blocks
+from engine_core.model_loader import LoadedModel, ModelFacts, load_model, measure_activation_bytes
+from engine_core.model_runner import ModelRunner
+from engine_core.scheduler import Batch
+from minivllm.config import EngineConfig
+
+_DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
+
+Report = Callable[[str], None]
+
+
+class LaunchedTokens(Protocol):
+    """Tokens of a launched pass."""
+
+    def collect(self) -> list[int]:
+        """Wait for the pass, then one id per request of `Batch.sampled`."""
+
+
+class Runner(Protocol):
+    """Runs the scheduler's batches; see `ModelRunner`."""
+
+    def launch(self, batch: Batch) -> LaunchedTokens:
+        """Start `batch` and return without waiting for it. Raises when the device has no memory for it."""
+
+
+@dataclass(slots=True)
+class Device:
+    """`depth` is the number of passes in flight between two steps."""
+
+    model: ModelFacts
+    kv_pool: KVPool
+    runner: Runner
+    max_model_len: int
+    max_num_batched_tokens: int
+    depth: int
+
+
+def load_device(config: EngineConfig, directory: Path, report: Report) -> Device:
+    """Load the model in `directory` and warm it up. `report` is told what goes on. Raises `StartupError`."""
+    report("loading the weights")
+    model = load_model(config, directory)
+    device = model.device
+    max_num_batched_tokens = config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS[device.type]
+    report("sizing the KV cache")
+    activation_bytes = measure_activation_bytes(model, max_num_batched_tokens, config.max_num_seqs)
+    num_blocks = choose_num_blocks(config, model.layout, device, activation_bytes)
+    max_model_len = choose_max_model_len(config, model, num_blocks)
+    kv_pool = KVPool(model.layout, num_blocks, config.block_size, device)
+    runner = _make_runner(config, model, kv_pool, max_model_len)
+    runner.warm_up(report)
+    return Device(model, kv_pool, runner, max_model_len, max_num_batched_tokens, 1 if device.type == "cuda" else 0)
+
+
+def model_free_device(
+    runner: Runner,
+    *,
+    num_blocks: int,
+    block_size: int,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    depth: int = 0,
+    vocab_size: int = 2**31,
+    eos_token_ids: tuple[int, ...] = (),
+) -> Device:
+    """A device of these sizes without a model; its pool has addresses, but nobody reads them."""
+    cpu = torch.device("cpu")
+    layout = KVLayout(1, 1, 1, torch.float32)
+    model = ModelFacts(
+        layout=layout,
+        device=cpu,
+        eos_token_ids=eos_token_ids,
+        max_positions=max_model_len,
+        vocab_size=vocab_size,
+        weight_bytes=0,
+    )
+    kv_pool = KVPool(layout, num_blocks, block_size, cpu)
+    return Device(model, kv_pool, runner, max_model_len, max_num_batched_tokens, depth)
+
+
+def _make_runner(config: EngineConfig, model: LoadedModel, kv_pool: KVPool, max_model_len: int) -> ModelRunner:
+    if model.device.type != "cuda":
+        return ModelRunner(model, kv_pool, config.max_num_seqs, max_model_len)
+    from engine_core.cuda_runner import CudaRunner  # needs triton, which a CPU does not
+
+    return CudaRunner(model, kv_pool, config.max_num_seqs, max_model_len, eager=config.enforce_eager)
