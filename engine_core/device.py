@@ -15,8 +15,10 @@ from engine_core.admission import choose_max_model_len
 from engine_core.kv_pool import KVLayout, KVPool, choose_num_blocks
 from engine_core.model_loader import LoadedModel, ModelFacts, load_model, measure_activation_bytes
 from engine_core.model_runner import ModelRunner
+from engine_core.request import Request
 from engine_core.scheduler import Batch
 from minivllm.config import EngineConfig
+from minivllm.protocol import Logprobs
 
 _DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
 
@@ -28,6 +30,12 @@ class LaunchedTokens(Protocol):
 
     def collect(self) -> list[int]:
         """Wait for the pass, then one id per request of `Batch.sampled`."""
+
+    def read_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
+        """After `collect`: log-probabilities of the sampled tokens of `Batch.with_logprobs`."""
+
+    def read_prompt_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
+        """After `collect`: log-probabilities of the prompt tokens of `Batch.prompt_spans`."""
 
 
 class Runner(Protocol):

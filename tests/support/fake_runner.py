@@ -18,6 +18,7 @@ from engine_core.kv_pool import KVLayout, choose_num_blocks
 from engine_core.request import Request
 from engine_core.scheduler import Batch
 from minivllm.config import EngineConfig
+from minivllm.protocol import Logprobs
 
 VOCAB_SIZE = 5
 
@@ -61,6 +62,12 @@ class _Pass:
 
     def collect(self) -> list[int]:
         return self.device.run(self)
+
+    def read_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
+        return {}
+
+    def read_prompt_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
+        return {}
 
 
 @dataclass
