@@ -53,6 +53,7 @@ class Admission:
             seed=random.getrandbits(63) if params.seed is None else params.seed,
             arrival_index=self._num_arrived,
             arrival_time=self._clock(),
+            num_prompt_logprobs=num_prompt - 1 if output_token_ids else 0,  # they came before the first of these
         )
 
     def _check(self, prompt: Sequence[int], params: SamplingParams, output: Sequence[int]) -> None:

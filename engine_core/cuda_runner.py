@@ -103,17 +103,20 @@ class CudaRunner(ModelRunner):
     @torch.inference_mode()
     def launch(self, batch: Batch) -> SampledTokens:
         """See `ModelRunner`."""
-        tokens = super().launch(batch).tokens
-        if tokens is None:
-            return SampledTokens(None)
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return SampledTokens(host, event)
+        sampled = super().launch(batch)
+        if sampled.tokens is not None:
+            sampled.tokens = _to_host(sampled.tokens)
+        if sampled.logprobs is not None:
+            sampled.logprobs = sampled.logprobs.map(_to_host)
+        if sampled.prompt_logprobs is not None:
+            sampled.prompt_logprobs = sampled.prompt_logprobs.map(_to_host)
+        if sampled.tokens is not None or sampled.prompt_logprobs is not None:
+            sampled.event = torch.cuda.Event()
+            sampled.event.record()
+        return sampled
 
     @torch.inference_mode()
-    def run_decode(self, batch: Batch) -> Tensor:
+    def run_decode(self, batch: Batch) -> SampledTokens:
         """See `ModelRunner`."""
         num_reqs = len(batch.requests)
         size = next((size for size in reversed(self._decode_graphs) if size >= num_reqs), num_reqs)
@@ -124,27 +127,31 @@ class CudaRunner(ModelRunner):
             logits, tokens = captured.logits, captured.tokens
         else:
             logits, tokens = self._decode_pass(rows)
-        return self._refine(logits[:num_reqs], tokens[:num_reqs], batch, rows[:num_reqs])
+        logits = logits[:num_reqs]
+        return self._sampled(logits, self._refine(logits, tokens[:num_reqs], batch, rows[:num_reqs]), batch)
 
     @torch.inference_mode()
-    def run_prefill(self, batch: Batch) -> Tensor | None:
+    def run_prefill(self, batch: Batch) -> SampledTokens:
         """See `ModelRunner`."""
         inputs = PrefillInputs.pack(batch, self.pool.block_size)
         rows = [request.row for request in batch.requests]
         tiles = query_tiles(rows, batch.starts, batch.counts)
         size = next((size for size in _PREFILL_BUCKETS if size >= batch.num_tokens), None)
-        if size in self._prefill_graphs and len(rows) <= _max_prompts(size):
+        # A graph computes the logits of last tokens alone.
+        if size in self._prefill_graphs and len(rows) <= _max_prompts(size) and not batch.prompt_spans:
             logits = self._replay_prefill(self._prefill_graphs[size], inputs, tiles)
         else:
             input_ids, positions, slots = self._pinned(torch.from_numpy(inputs.tokens))
             metadata = TritonPrefill(slots, self.rows.to_device(tiles), self.rows.block_table)
-            logits = self.forward(input_ids, positions, metadata, self.rows.to_device(inputs.last_index or [0]))
+            logits = self.forward(input_ids, positions, metadata, self.rows.to_device(inputs.logits_index))
+        prompt_logprobs = self._prompt_logprobs(logits, inputs, batch)
         if not batch.sampled:
-            return None
+            return SampledTokens(None, prompt_logprobs=prompt_logprobs)
         sampled = self.rows.rows_of(batch.sampled)
         self.rows.lengths[sampled] = self.rows.to_device(batch.sampled_positions)
         logits = logits[: len(batch.sampled)]
-        return self._refine(logits, self._sample(logits, sampled), batch, sampled)
+        tokens = self._refine(logits, self._sample(logits, sampled), batch, sampled)
+        return self._sampled(logits, tokens, batch, prompt_logprobs)
 
     def _send_rows(self, rows: list[int], size: int) -> Tensor:
         """The rows [size] of a pass, padded with the scratch row; sent only when they differ from the last pass."""
@@ -211,6 +218,12 @@ class CudaRunner(ModelRunner):
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory that is there once the work launched so far is done."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _max_prompts(num_tokens: int) -> int:

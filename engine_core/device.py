@@ -7,7 +7,7 @@ a runner of its own: everything above, from admission to preemption, is then the
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -15,8 +15,10 @@ from engine_core.admission import choose_max_model_len
 from engine_core.kv_pool import KVLayout, KVPool, choose_num_blocks
 from engine_core.model_loader import LoadedModel, ModelFacts, load_model, measure_activation_bytes
 from engine_core.model_runner import ModelRunner
+from engine_core.request import Request
 from engine_core.scheduler import Batch
 from minivllm.config import EngineConfig
+from minivllm.protocol import Logprobs
 
 _DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
 
@@ -28,6 +30,17 @@ class LaunchedTokens(Protocol):
 
     def collect(self) -> list[int]:
         """Wait for the pass, then one id per request of `Batch.sampled`."""
+
+
+@runtime_checkable
+class LaunchedLogprobs(LaunchedTokens, Protocol):
+    """… of a model, which can say how probable they were. After `collect`."""
+
+    def read_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
+        """Of the new tokens of those that ask."""
+
+    def read_prompt_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
+        """Of the prompt tokens that the pass judged."""
 
 
 class Runner(Protocol):

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 from engine_core.admission import Admission
-from engine_core.device import Device, LaunchedTokens, Report, load_device
+from engine_core.device import Device, LaunchedLogprobs, LaunchedTokens, Report, load_device
 from engine_core.kv_cache_manager import KVCacheManager
 from engine_core.request import Request
 from engine_core.scheduler import Batch, Scheduler
 from engine_core.stats import EngineCounters
 from minivllm.config import EngineConfig
 from minivllm.errors import DuplicateRequestError
-from minivllm.protocol import EngineFacts, EngineStats, Finished, FinishReason
+from minivllm.protocol import EngineFacts, EngineStats, Finished, FinishReason, Logprobs
 from minivllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ class RequestOutput:
     request_id: str
     token_ids: list[int]
     finished: Finished | None = None
+    logprobs: Logprobs | None = None  # of `token_ids`, where the request asks
+    prompt_logprobs: Logprobs | None = None  # of the next tokens of its prompt, likewise
 
 
 @dataclass(slots=True)
@@ -180,6 +182,10 @@ class EngineCore:
         launched = self._in_flight.popleft()
         tokens = launched.tokens.collect()
         outputs = self._update(launched.batch, tokens)
+        if (launched.batch.with_logprobs or launched.batch.prompt_spans) and isinstance(
+            launched.tokens, LaunchedLogprobs
+        ):
+            self._add_logprobs(outputs, launched.batch, launched.tokens)
         self.scheduler.complete(launched.batch)
         self.counters.step_done(launched.batch, self._clock() - launched.time)
         return outputs
@@ -204,6 +210,20 @@ class EngineCore:
             outputs.append(RequestOutput(request.request_id, [token], finished))
         self.counters.tokens_done(num_prompt_tokens, len(outputs))
         return outputs
+
+    def _add_logprobs(self, outputs: list[RequestOutput], batch: Batch, tokens: LaunchedLogprobs) -> None:
+        """Complete `outputs` with what was asked about the tokens; a prompt that is not at its end has its own."""
+        by_id = {output.request_id: output for output in outputs}
+        for request, logprobs in tokens.read_logprobs(batch).items():
+            if request.request_id in by_id:
+                by_id[request.request_id].logprobs = logprobs
+        for request, logprobs in tokens.read_prompt_logprobs(batch).items():
+            output = by_id.get(request.request_id)
+            if output is None and self._requests.get(request.request_id) is request:
+                output = RequestOutput(request.request_id, [])
+                outputs.append(output)
+            if output is not None:
+                output.prompt_logprobs = request.take_prompt_logprobs(logprobs)
 
     def _finish(
         self, request: Request, reason: FinishReason, stop_token_id: int | None = None, message: str | None = None

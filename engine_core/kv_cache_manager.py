@@ -91,7 +91,7 @@ class KVCacheManager:
             self.num_prefix_hits += request.num_computed_tokens
 
     def _matching_blocks(self, request: Request) -> list[int]:
-        if not self._enable_prefix_caching:
+        if not self._enable_prefix_caching or request.needs_prompt_logits:  # what is found is not computed
             return []
         num_full = (len(request.token_ids) - 1) // self.block_size  # the last token must be computed: it gives logits
         blocks = []

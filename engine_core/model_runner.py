@@ -16,23 +16,36 @@ from engine_core.attention.paged import AttentionMetadata
 from engine_core.attention.torch_backend import DecodeMetadata, PrefillMetadata, PrefillSpan
 from engine_core.input_batch import InputBatch
 from engine_core.kv_pool import KVPool
+from engine_core.logprobs import LogprobTensors, log_probabilities, most_alternatives, prompt_spans, sampled_spans
 from engine_core.model_loader import LoadedModel
 from engine_core.prefill_inputs import PrefillInputs
+from engine_core.request import Request
 from engine_core.scheduler import Batch
+from minivllm.protocol import Logprobs
 
 
 @dataclass(slots=True)
 class SampledTokens:
-    """Tokens of a launched pass, on their way to the host."""
+    """Tokens of a launched pass and what was asked about them, on their way to the host."""
 
     tokens: Tensor | None  # [num_sampled], on the CPU once `event` has happened
     event: torch.cuda.Event | None = None
+    logprobs: LogprobTensors | None = None  # of `Batch.with_logprobs`, likewise
+    prompt_logprobs: LogprobTensors | None = None  # of `Batch.prompt_spans`, likewise
 
     def collect(self) -> list[int]:
         """Wait for the device, then one id per request of `Batch.sampled`."""
         if self.event is not None:
             self.event.synchronize()
         return [] if self.tokens is None else self.tokens.tolist()
+
+    def read_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
+        """Log-probabilities of the sampled tokens of those that ask. After `collect`."""
+        return {} if self.logprobs is None else dict(self.logprobs.read(sampled_spans(batch)))
+
+    def read_prompt_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
+        """Log-probabilities of prompt tokens that this pass brought. After `collect`."""
+        return {} if self.prompt_logprobs is None else dict(self.prompt_logprobs.read(prompt_spans(batch)))
 
 
 class ModelRunner:
@@ -54,11 +67,11 @@ class ModelRunner:
         """Start `batch` on the device and return without waiting for it."""
         self.rows.load(batch.started)
         self.rows.grow(batch.grown)
-        return SampledTokens(self.run_prefill(batch) if batch.kind == "prefill" else self.run_decode(batch))
+        return self.run_prefill(batch) if batch.kind == "prefill" else self.run_decode(batch)
 
     @torch.inference_mode()
-    def run_prefill(self, batch: Batch) -> Tensor | None:
-        """Compute the chunks of `batch`; token ids [num_sampled] of the prompts that are complete, or None."""
+    def run_prefill(self, batch: Batch) -> SampledTokens:
+        """Compute the chunks of `batch`; token ids [num_sampled] of the prompts that are complete, if any."""
         inputs = PrefillInputs.pack(batch, self.pool.block_size)
         input_ids, positions, slots = torch.from_numpy(inputs.tokens)
         spans, end = [], 0
@@ -66,15 +79,16 @@ class ModelRunner:
             begin, end = end, end + count
             spans.append(PrefillSpan(begin, end, start, start + count, self.rows.block_table[request.row]))
         metadata = PrefillMetadata(slots, self.pool.block_size, spans)
-        logits = self.forward(input_ids, positions, metadata, torch.tensor(inputs.last_index or [0]))
+        logits = self.forward(input_ids, positions, metadata, torch.tensor(inputs.logits_index))
+        prompt_logprobs = self._prompt_logprobs(logits, inputs, batch)
         if not batch.sampled:
-            return None
-        rows = self.rows.rows_of(batch.sampled)
+            return SampledTokens(None, prompt_logprobs=prompt_logprobs)
+        rows, logits = self.rows.rows_of(batch.sampled), logits[: len(batch.sampled)]
         self.rows.lengths[rows] = torch.tensor(batch.sampled_positions)
-        return self.rows.sample(logits, batch, rows)
+        return self._sampled(logits, self.rows.sample(logits, batch, rows), batch, prompt_logprobs)
 
     @torch.inference_mode()
-    def run_decode(self, batch: Batch) -> Tensor:
+    def run_decode(self, batch: Batch) -> SampledTokens:
         """One token for every request of `batch`: token ids [num_reqs]."""
         rows = self.rows.rows_of(batch.requests)
         positions = self.rows.lengths[rows] - 1
@@ -85,7 +99,7 @@ class ModelRunner:
             context_lens=[start + 1 for start in batch.starts],
         )
         logits = self.forward(self.rows.last_token[rows], positions, metadata)
-        return self.rows.sample(logits, batch, rows)
+        return self._sampled(logits, self.rows.sample(logits, batch, rows), batch)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, logits_index: Tensor | None = None
@@ -100,3 +114,20 @@ class ModelRunner:
         )
         logits: Tensor = output.logits[0]
         return logits
+
+    def _sampled(
+        self, logits: Tensor, tokens: Tensor, batch: Batch, prompt_logprobs: LogprobTensors | None = None
+    ) -> SampledTokens:
+        """`tokens` [num_sampled], with log-probabilities under `logits` [num_sampled, vocab_size] for those who ask."""
+        logprobs = None
+        if batch.with_logprobs:
+            index = self.rows.to_device(batch.with_logprobs)
+            logprobs = log_probabilities(logits[index], tokens[index], most_alternatives(sampled_spans(batch)))
+        return SampledTokens(tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    def _prompt_logprobs(self, logits: Tensor, inputs: PrefillInputs, batch: Batch) -> LogprobTensors | None:
+        """Of the prompt tokens judged in this pass; `logits` are those at `inputs.logits_index`."""
+        if not batch.prompt_spans:
+            return None
+        targets = self.rows.to_device(inputs.prompt_targets)
+        return log_probabilities(logits[-len(targets) :], targets, most_alternatives(prompt_spans(batch)))

@@ -8,7 +8,7 @@ in the cache | computed ................................. |     <- position
 from dataclasses import dataclass, field
 from enum import Enum
 
-from minivllm.protocol import Finished
+from minivllm.protocol import Finished, Logprobs
 from minivllm.sampling_params import SamplingParams
 
 
@@ -38,6 +38,7 @@ class Request:
     num_computed_tokens: int = 0
     num_committed_blocks: int = 0  # leading blocks that are in the prefix cache or were considered for it
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first attempt
+    num_prompt_logprobs: int = 0  # prompt tokens whose log-probabilities were reported
     num_pending: int = 0  # tokens sampled on the device and not read yet
     num_in_flight: int = 0  # launched batches that name this request
     num_preemptions: int = 0
@@ -71,6 +72,11 @@ class Request:
         return self.params.is_plain and self.num_output_tokens > self.params.min_tokens
 
     @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether the log-probability of a prompt token is still to be reported (the first has none)."""
+        return self.params.prompt_logprobs is not None and self.num_prompt_logprobs < self.num_prompt_tokens - 1
+
+    @property
     def position(self) -> int:
         """Position of the next token to compute: everything before it is in the KV cache."""
         return self.num_computed_tokens
@@ -78,3 +84,9 @@ class Request:
     @property
     def finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
+
+    def take_prompt_logprobs(self, logprobs: Logprobs) -> Logprobs:
+        """The part of `logprobs` that was not reported yet: after a preemption the prompt is computed again."""
+        num_known = self.num_prompt_logprobs + 1 - logprobs.start
+        self.num_prompt_logprobs = max(self.num_prompt_logprobs, logprobs.start + len(logprobs) - 1)
+        return logprobs.cut(max(0, num_known), len(logprobs))

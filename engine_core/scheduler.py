@@ -11,10 +11,20 @@ left, the youngest running request is preempted: its blocks are freed and it is 
 
 from bisect import insort
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from engine_core.kv_cache_manager import KVCacheManager
 from engine_core.request import Request, RequestStatus
+
+MAX_PROMPT_LOGITS = 1024  # prompt tokens in one pass that need logits: float32 × vocabulary each
+
+
+class PromptSpan(NamedTuple):
+    """Prompt tokens [start, start + num_tokens) of a request: a pass computes the logits that judge them."""
+
+    request: Request
+    start: int
+    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -27,6 +37,8 @@ class Batch:
     counts: list[int] = field(default_factory=list)
     sampled: list[Request] = field(default_factory=list)  # those that get a token: all but unfinished prefills
     sampled_positions: list[int] = field(default_factory=list)  # position of each of these tokens
+    with_logprobs: list[int] = field(default_factory=list)  # which of `sampled` ask for log-probabilities
+    prompt_spans: list[PromptSpan] = field(default_factory=list)  # prompt tokens whose log-probabilities are asked for
     started: list[Request] = field(default_factory=list)  # those that were given a row for this pass
     grown: list[Request] = field(default_factory=list)  # those whose block table grew for this pass
 
@@ -38,11 +50,22 @@ class Batch:
         """Let `request` compute its next `num_tokens` tokens in this pass; it samples if no other is left."""
         self.requests.append(request)
         self.starts.append(request.num_computed_tokens)
+        if self.kind == "prefill" and request.needs_prompt_logits:
+            self._add_prompt_span(request, num_tokens)
         self.counts.append(num_tokens)
         request.num_computed_tokens += num_tokens
         if request.num_computed_tokens == request.num_tokens:
+            if request.params.logprobs is not None:
+                self.with_logprobs.append(len(self.sampled))
             self.sampled.append(request)
             self.sampled_positions.append(request.num_computed_tokens)
+
+    def _add_prompt_span(self, request: Request, num_tokens: int) -> None:
+        """The logits of a token judge the one after it; those of the last prompt token judge no prompt token."""
+        start = request.num_computed_tokens
+        count = min(num_tokens, request.num_prompt_tokens - 1 - start)
+        if count > 0:
+            self.prompt_spans.append(PromptSpan(request, start + 1, count))
 
 
 class Scheduler:
@@ -118,14 +141,16 @@ class Scheduler:
 
     def _schedule_prefill(self) -> Batch | None:
         batch = Batch("prefill")
-        budget = self._max_num_batched_tokens
+        budget, logits_budget = self._max_num_batched_tokens, MAX_PROMPT_LOGITS
         for request in self.prefill_queue:
-            if budget == 0 or (request.row < 0 and not self._free_rows):
+            most = min(budget, logits_budget) if request.needs_prompt_logits else budget
+            if most == 0 or (request.row < 0 and not self._free_rows):
                 break
             # Leave a block for each decoding request, so that a new prompt does not force a preemption right away.
-            num_tokens = self._kv.allocate_prefill(request, budget, reserve=len(self.decode_queue))
+            num_tokens = self._kv.allocate_prefill(request, most, reserve=len(self.decode_queue))
             if num_tokens == 0:
                 break
+            logits_budget -= num_tokens if request.needs_prompt_logits else 0
             self._start(request, batch)
             batch.grown.append(request)
             batch.append(request, num_tokens)

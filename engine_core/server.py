@@ -201,6 +201,8 @@ class EngineServer:
                 [len(output.token_ids) for output in outputs],
                 [token for output in outputs for token in output.token_ids],
                 finished,
+                {o.request_id: o.logprobs for o in outputs if o.logprobs is not None},
+                {o.request_id: o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None},
             ),
         )
 

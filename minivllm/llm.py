@@ -16,7 +16,7 @@ from frontend.detokenizer import IncrementalDetokenizer
 from frontend.tokenizer import Tokenizer
 from minivllm.config import DEFAULT_MODEL, EngineConfig
 from minivllm.model_store import resolve_model, resolve_tokenizer
-from minivllm.protocol import Finished
+from minivllm.protocol import Finished, Logprobs
 from minivllm.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -24,12 +24,17 @@ Prompt = str | Sequence[int]
 
 @dataclass(slots=True)
 class Completion:
-    """The answer to one prompt. `text` ends before a stop string; `token_ids` are all that were generated."""
+    """The answer to one prompt. `text` ends before a stop string; `token_ids` are all that were generated.
+
+    logprobs, prompt_logprobs: where `SamplingParams` ask; of `token_ids`, and of the prompt from its second token on.
+    """
 
     prompt_token_ids: list[int]
     text: str
     token_ids: list[int]
     finished: Finished
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
 
 
 @dataclass(slots=True)
@@ -117,6 +122,8 @@ class LLM:
             return 0
         completion, finished = stream.completion, output.finished
         completion.token_ids += output.token_ids
+        completion.logprobs = _joined(completion.logprobs, output.logprobs)
+        completion.prompt_logprobs = _joined(completion.prompt_logprobs, output.prompt_logprobs)
         if stream.detokenizer is not None:
             completion.text += stream.detokenizer.add(output.token_ids, finished.stop_token_id if finished else None)
             if stream.detokenizer.stopped and finished is None:
@@ -128,6 +135,13 @@ class LLM:
             completion.text += stream.detokenizer.finish()
         completion.finished, stream.done = finished, True
         return 1
+
+
+def _joined(known: Logprobs | None, new: Logprobs | None) -> Logprobs | None:
+    if known is None or new is None:
+        return known or new
+    known.extend(new)
+    return known
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

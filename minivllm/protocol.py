@@ -26,8 +26,10 @@ from minivllm.sampling_params import SamplingParams, TokenId
 PROTOCOL_VERSION = 1
 FRONTEND_ID_BYTES = 8  # fixed width: SUB topics match by prefix, so "1" would also receive what is sent to "10"
 
+MAX_REQUEST_ID = 300  # characters: what a client may choose (256), and what a frontend puts around it
+
 FrontendId = Annotated[bytes, Meta(min_length=FRONTEND_ID_BYTES, max_length=FRONTEND_ID_BYTES)]
-RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
+RequestId = Annotated[str, Meta(min_length=1, max_length=MAX_REQUEST_ID)]
 Counter = Annotated[int, Meta(ge=0)]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -101,10 +103,49 @@ class Ready(Message, frozen=True, tag=16):
     facts: EngineFacts
 
 
+class Logprobs(Struct, array_like=True):
+    """Log-probabilities of n tokens of one request, in columns. Natural logarithms, of the model's own distribution.
+
+    tokens: of the tokens themselves [n]; top_ids, top: the k most probable ids at each place and theirs, best first,
+    flat [n * k]. `start` is the place of the first token among the prompt's (where they are prompt tokens).
+    """
+
+    tokens: list[float] = []
+    top_ids: list[TokenId] = []
+    top: list[float] = []
+    start: Counter = 0
+
+    def __post_init__(self) -> None:
+        if len(self.top) != len(self.top_ids) or (self.top and len(self.top) % max(1, len(self.tokens))):
+            raise ValueError("columns of log-probabilities do not fit together")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_top(self) -> int:
+        """k: alternatives at each place."""
+        return len(self.top) // len(self.tokens) if self.tokens else 0
+
+    def extend(self, other: "Logprobs") -> None:
+        """Append the places of `other`, which has as many alternatives."""
+        self.tokens += other.tokens
+        self.top_ids += other.top_ids
+        self.top += other.top
+
+    def cut(self, start: int, end: int) -> "Logprobs":
+        """The places from `start` up to `end`."""
+        k = self.num_top
+        return Logprobs(
+            self.tokens[start:end], self.top_ids[start * k : end * k], self.top[start * k : end * k], self.start + start
+        )
+
+
 class Outputs(Message, frozen=True, tag=17):
     """New tokens of one step. Request i got the next `counts[i]` ids of the flat column `token_ids`.
 
-    A request that ends without a new token (abort) stands in `request_ids` with count 0.
+    A request that ends without a new token (abort) stands in `request_ids` with count 0, and so does one that has only
+    log-probabilities of its prompt to report. Those arrive chunk by chunk, the last not after the first token.
     """
 
     epoch: Counter
@@ -113,10 +154,16 @@ class Outputs(Message, frozen=True, tag=17):
     counts: list[Counter]
     token_ids: list[TokenId]
     finished: dict[RequestId, Finished] = {}
+    logprobs: dict[RequestId, Logprobs] = {}
+    prompt_logprobs: dict[RequestId, Logprobs] = {}
 
     def __post_init__(self) -> None:
         if len(self.counts) != len(self.request_ids) or sum(self.counts) != len(self.token_ids):
             raise ValueError("columns of an Outputs message do not fit together")
+        if self.logprobs:
+            counts = dict(zip(self.request_ids, self.counts, strict=True))
+            if any(len(logprobs) != counts.get(request_id) for request_id, logprobs in self.logprobs.items()):
+                raise ValueError("log-probabilities are not those of the tokens")
 
 
 class Error(Message, frozen=True, tag=18):

@@ -13,6 +13,7 @@ from minivllm.errors import InvalidRequestError
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 MAX_COUNT = 2**31 - 1  # beyond any vocabulary or context, and every integer type on the way holds it
+MAX_LOGPROBS = 20  # alternatives per token that a request may ask for
 GREEDY_EPSILON = 1e-5  # a temperature below this is greedy: dividing by it would overflow float32
 
 
@@ -26,6 +27,8 @@ class SamplingParams(Struct, frozen=True, array_like=True, kw_only=True, forbid_
     logit_bias: token id → addend in [-100, 100].
     seed: with it the output is a pure function of (prompt, parameters, seed).
     stop: strings that end the text (handled by the detokenizer, not by the engine); stop_token_ids: ids that do.
+    logprobs: report each output token's log-probability and those of this many most probable tokens (None: nothing).
+    prompt_logprobs: the same for every prompt token after the first. Both are of the model's own distribution.
     max_tokens: None means as many as the context holds. min_tokens: no stop token or EOS before that many.
     """
 
@@ -45,6 +48,8 @@ class SamplingParams(Struct, frozen=True, array_like=True, kw_only=True, forbid_
     max_tokens: int | None = 16
     min_tokens: int = 0
     skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         self._check_range("temperature", self.temperature, 0.0, 100.0)
@@ -76,6 +81,9 @@ class SamplingParams(Struct, frozen=True, array_like=True, kw_only=True, forbid_
                 f"min_tokens must be between 0 and max_tokens ({self.max_tokens}), got {self.min_tokens}", "min_tokens"
             )
 
+        self._check_num_logprobs("logprobs", self.logprobs)
+        self._check_num_logprobs("prompt_logprobs", self.prompt_logprobs)
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_EPSILON
@@ -94,3 +102,8 @@ class SamplingParams(Struct, frozen=True, array_like=True, kw_only=True, forbid_
     def _check_range(name: str, value: float, low: float, high: float) -> None:
         if not (math.isfinite(value) and low <= value <= high):
             raise InvalidRequestError(f"{name} must be in [{low:g}, {high:g}], got {value}", name)
+
+    @staticmethod
+    def _check_num_logprobs(name: str, number: int | None) -> None:
+        if number is not None and not 0 <= number <= MAX_LOGPROBS:
+            raise InvalidRequestError(f"{name} must be between 0 and {MAX_LOGPROBS}, got {number}", name)

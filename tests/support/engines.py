@@ -8,7 +8,7 @@ from typing import Any
 
 from engine_core.engine import EngineCore
 from minivllm.config import EngineConfig
-from minivllm.protocol import Finished
+from minivllm.protocol import Finished, Logprobs
 from minivllm.sampling_params import SamplingParams
 
 MAX_STEPS = 10_000  # far beyond any test: an engine that needs more is stuck
@@ -20,6 +20,8 @@ class Result:
 
     token_ids: list[int] = field(default_factory=list)
     finished: Finished | None = None
+    logprobs: Logprobs = field(default_factory=Logprobs)
+    prompt_logprobs: Logprobs = field(default_factory=Logprobs)
 
     @property
     def reason(self) -> str | None:
@@ -66,6 +68,12 @@ def step_once(engine: EngineCore, results: dict[str, Result]) -> None:
         assert result.finished is None, f"{output.request_id} speaks after its end"
         result.token_ids += output.token_ids
         result.finished = output.finished
+        if output.logprobs is not None:
+            assert len(output.logprobs) == len(output.token_ids)
+            result.logprobs.extend(output.logprobs)
+        if output.prompt_logprobs is not None:
+            assert output.prompt_logprobs.start == len(result.prompt_logprobs) + 1
+            result.prompt_logprobs.extend(output.prompt_logprobs)
     engine.check_integrity()
 
 

@@ -23,6 +23,7 @@ from minivllm.protocol import (
     FrontendMessage,
     Hello,
     Histogram,
+    Logprobs,
     Outputs,
     Ping,
     Ready,
@@ -55,11 +56,31 @@ ENGINE_MESSAGES: list[EngineMessage] = [
     Ready(2**62, 0, FACTS),
     Outputs(1, 1, ["a", "b", "c"], [2, 0, 1], [7, 8, 9], {"b": Finished("abort"), "c": Finished("stop", 9, 4, 0.1)}),
     Outputs(1, 2, [], [], []),
+    Outputs(
+        1,
+        3,
+        ["a", "b"],
+        [2, 0],
+        [7, 8],
+        {},
+        {"a": Logprobs([-0.5, -1.5], [7, 1, 9, 2], [-0.5, -2.0, -1.0, -3.0])},
+        {"b": Logprobs([-9999.0], [], [], 4)},
+    ),
     Error(1, 3, "a", "invalid_request", "max_tokens is 9 …", "max_tokens"),
     Stats(1, 4, EngineStats(num_requests_running=2, histograms={"h": Histogram([1.0], [2, 3], 4.5)})),
     Dead(1, 5, "stopped"),
 ]
 FRAMES = [bytes(encode(message)) for message in (*FRONTEND_MESSAGES, *ENGINE_MESSAGES)]
+
+
+def test_columns_of_log_probabilities_are_cut_and_joined() -> None:
+    columns = Logprobs([-1.0, -2.0, -3.0], [1, 2, 3, 4, 5, 6], [-1.0, -1.5, -2.0, -2.5, -3.0, -3.5], 7)
+    tail = columns.cut(1, 3)
+    assert tail == Logprobs([-2.0, -3.0], [3, 4, 5, 6], [-2.0, -2.5, -3.0, -3.5], 8)
+    head = columns.cut(0, 1)
+    head.extend(tail)
+    assert head == columns
+    assert (columns.num_top, Logprobs().num_top, Logprobs([-1.0]).num_top) == (2, 0, 0)
 
 
 def raw(*elements: Any, version: int = PROTOCOL_VERSION) -> bytes:
@@ -136,7 +157,7 @@ def test_short_frames_are_named(frame: bytes) -> None:
         raw(1, FRONTEND, 0, "extra"),
         raw(1, FRONTEND, 0.5),
         raw(2, FRONTEND, 0, "", [1], []),
-        raw(2, FRONTEND, 0, "r" * 257, [1], []),
+        raw(2, FRONTEND, 0, "r" * 301, [1], []),
         raw(2, FRONTEND, 0, "a", [], []),
         raw(2, FRONTEND, 0, "a", [-1], []),
         raw(2, FRONTEND, 0, "a", [2**31], []),
@@ -152,6 +173,11 @@ def test_short_frames_are_named(frame: bytes) -> None:
         raw(17, 0, 0, ["a"], [], [], {}),
         raw(17, 0, 0, ["a"], [-1], [], {}),
         raw(17, 0, 0, ["a"], [0], [], {"a": ["tired"]}),
+        raw(17, 0, 0, ["a"], [1], [5], {}, {"a": [[-0.5, -0.5], [], []]}),
+        raw(17, 0, 0, ["a"], [1], [5], {}, {"b": [[-0.5], [], []]}),
+        raw(17, 0, 0, ["a"], [1], [5], {}, {"a": [[-0.5], [1], []]}),
+        raw(17, 0, 0, ["a"], [2], [5, 6], {}, {"a": [[-0.5, -0.5], [1], [-0.5]]}),
+        raw(17, 0, 0, ["a"], [0], [], {}, {}, {"a": [[-0.5], [], [], -1]}),
         msgpack.packb(1) + b"\xdd\xff\xff\xff\xff",
         msgpack.packb(1) + b"\x94\x03\xc4\x08front-01\x00\xdd\xff\xff\xff\xff\xa1a",
         msgpack.packb(1) + b"\x94\x03\xc6\xff\xff\xff\xfffront-01",

@@ -25,6 +25,8 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {  # field: (accepted, refused)
     "stop": ([(), ("a", "\n")], [("",), ("a", "")]),
     "max_tokens": ([None, 1, 2**31 - 1], [0, -1, 2**31]),
     "min_tokens": ([0, 16], [-1, 17]),
+    "logprobs": ([None, 0, 20], [-1, 21]),
+    "prompt_logprobs": ([None, 0, 20], [-1, 21]),
 }
 CASES = [(field, value) for field, (accepted, _) in BOUNDS.items() for value in accepted]
 BAD_CASES = [(field, value) for field, (_, refused) in BOUNDS.items() for value in refused]
