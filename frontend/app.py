@@ -1,6 +1,8 @@
 """The HTTP application: which path is served by what. No logic."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -9,15 +11,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from frontend.choices import all_ids
 from frontend.engine_client import EngineClient
-from frontend.generate import GenerateEndpoint
+from frontend.generate import GenerateRenderer
+from frontend.generation import GenerationEndpoint, served_name
 from frontend.health import health, readiness
 from frontend.http_errors import EXCEPTION_HANDLERS
 from frontend.metrics import FrontendMetrics
 from frontend.middleware import ApiKeyMiddleware, RequestIdMiddleware
+from frontend.openai.chat import ChatRenderer
+from frontend.openai.completions import CompletionRenderer
+from frontend.openai.models import Models
+from frontend.openai.schemas import ChatCompletionRequest, CompletionRequest
 from frontend.request_body import parse_body, read_body
-from frontend.request_preparation import run_for_size, tokenize
-from frontend.schemas import DetokenizeRequest, TokenizeRequest
+from frontend.request_preparation import prepare_prompts, run_for_size
+from frontend.schemas import DetokenizeRequest, GenerateRequest, TokenizeRequest
 from frontend.tokenizer import Tokenizer
 from minivllm import __version__
 from minivllm.config import FrontendConfig
@@ -28,9 +36,11 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 def make_app(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer, metrics: FrontendMetrics) -> Starlette:
     """The application of one frontend process."""
-    generate = GenerateEndpoint(engine, tokenizer, config.max_request_bytes, config.enable_log_requests)
+    models = Models(config, engine)
     routes = [
-        Route("/generate", generate, methods=["POST"]),
+        *_generation_routes(config, engine, tokenizer),
+        Route("/v1/models", _json(lambda request: models.all())),
+        Route("/v1/models/{name:path}", _json(lambda request: models.one(request.path_params["name"]))),
         Route("/tokenize", _tokenize(config, engine, tokenizer), methods=["POST"]),
         Route("/detokenize", _detokenize(config, tokenizer), methods=["POST"]),
         Route("/v1/requests/{request_id:path}", _abort(engine), methods=["DELETE"]),
@@ -41,6 +51,25 @@ def make_app(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer,
         Route("/metrics", _metrics(metrics)),
     ]
     return Starlette(routes=routes, middleware=_middleware(config), exception_handlers=EXCEPTION_HANDLERS)
+
+
+def _generation_routes(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer) -> list[Route]:
+    parts = (engine, tokenizer, config)
+    name = served_name(config)
+    completions = GenerationEndpoint(
+        CompletionRequest, partial(CompletionRenderer, tokenizer, name), *parts, id_prefix="cmpl-"
+    )
+    chat = GenerationEndpoint(
+        ChatCompletionRequest, partial(ChatRenderer, tokenizer, name), *parts, id_prefix="chatcmpl-"
+    )
+    generate = GenerationEndpoint(
+        GenerateRequest, GenerateRenderer, *parts, id_prefix="gen-", takes_header_id=True, requires_json=False
+    )
+    return [
+        Route("/generate", generate, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+    ]
 
 
 def _middleware(config: FrontendConfig) -> list[Middleware]:
@@ -64,7 +93,8 @@ def _middleware(config: FrontendConfig) -> list[Middleware]:
 def _tokenize(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer) -> Handler:
     async def endpoint(request: Request) -> Response:
         body = parse_body(TokenizeRequest, await read_body(request.scope, request.receive, config.max_request_bytes))
-        token_ids = await tokenize(body, tokenizer)
+        [prompt] = await prepare_prompts(body.inputs(), tokenizer)
+        token_ids = prompt.token_ids
         max_model_len = engine.link.facts.max_model_len if engine.link.facts else None
         return JSONResponse({"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids})
 
@@ -86,9 +116,16 @@ def _abort(engine: EngineClient) -> Handler:
     async def endpoint(request: Request) -> Response:
         request_id = request.path_params["request_id"]
         # The request may live in another frontend: the engine core knows all ids, and its owner hears of the end.
-        if not engine.send_abort([request_id]):
+        if not engine.send_abort(all_ids(request_id)):
             raise NotReadyError("the engine core is not connected")
         return JSONResponse({"request_id": request_id, "status": "abort_requested"}, status_code=202)
+
+    return endpoint
+
+
+def _json(content: Callable[[Request], dict[str, Any]]) -> Handler:
+    async def endpoint(request: Request) -> Response:
+        return JSONResponse(content(request))
 
     return endpoint
 

@@ -24,7 +24,7 @@ from minivllm.errors import (
     NotReadyError,
     OverloadedError,
 )
-from minivllm.protocol import EngineFacts, Error, Finished, Outputs
+from minivllm.protocol import EngineFacts, Error, Finished, Logprobs, Outputs
 from minivllm.sampling_params import SamplingParams
 from minivllm.transport import Endpoints
 
@@ -45,6 +45,7 @@ class LiveRequest(msgspec.Struct, eq=False):
     first_token_time: float = 0.0
     last_token_time: float = 0.0
     num_cached_tokens: int = 0
+    prompt_logprobs: Logprobs | None = None  # of the prompt from its second token on; complete with the first output
 
     @property
     def num_output_tokens(self) -> int:
@@ -172,29 +173,42 @@ class EngineClient:
             end = start + count
             request = self._requests.get(request_id)
             if request is not None:
-                self._deliver(request, message.token_ids[start:end], message.finished.get(request_id), now)
+                if message.prompt_logprobs:
+                    _note_prompt_logprobs(request, message.prompt_logprobs.get(request_id))
+                logprobs = message.logprobs.get(request_id) if message.logprobs else None
+                self._deliver(request, message.token_ids[start:end], message.finished.get(request_id), now, logprobs)
             start = end
         if message.finished:
             self._ending -= message.finished.keys()
 
-    def _deliver(self, request: LiveRequest, token_ids: list[int], finished: Finished | None, now: float) -> None:
+    def _deliver(
+        self,
+        request: LiveRequest,
+        token_ids: list[int],
+        finished: Finished | None,
+        now: float,
+        logprobs: Logprobs | None,
+    ) -> None:
+        request.last_news_time = now
+        if not token_ids and finished is None:
+            return  # something about its prompt
         detokenizer, num_before = request.detokenizer, request.detokenizer.num_tokens
         text = detokenizer.add(token_ids, finished.stop_token_id if finished else None)
         if detokenizer.num_tokens > num_before:
             self._observer.on_tokens(request, now)
-        request.last_news_time = now
         if detokenizer.stopped:
             token_ids = token_ids[: detokenizer.num_tokens - num_before]
+            logprobs = logprobs.cut(0, len(token_ids)) if logprobs else None
             if finished is None:
                 self.send_abort([request.request_id])
                 self._ending.add(request.request_id)
             finished = Finished("stop") if finished is None else msgspec.structs.replace(finished, reason="stop")
         if finished is None:
-            request.stream.put(text, token_ids)
+            request.stream.put(text, token_ids, None, logprobs)
         elif finished.reason == "error":
             self._fail(request, GenerationError(finished.message or "the engine core gave no reason"), finished)
         else:
-            self._end(request, text + detokenizer.finish(), token_ids, finished)
+            self._end(request, text + detokenizer.finish(), token_ids, finished, logprobs)
 
     def on_refused(self, message: Error) -> None:
         self._ending.discard(message.request_id)
@@ -223,9 +237,16 @@ class EngineClient:
                 request.last_news_time = now
                 request.stream.nudge()
 
-    def _end(self, request: LiveRequest, text: str, token_ids: list[int], finished: Finished) -> None:
+    def _end(
+        self,
+        request: LiveRequest,
+        text: str,
+        token_ids: list[int],
+        finished: Finished,
+        logprobs: Logprobs | None = None,
+    ) -> None:
         request.num_cached_tokens = finished.num_cached_tokens
-        request.stream.put(text, token_ids, finished)
+        request.stream.put(text, token_ids, finished, logprobs)
         self._forget(request, finished)
 
     def _fail(self, request: LiveRequest, error: MiniVLLMError, finished: Finished | None = None) -> None:
@@ -237,3 +258,11 @@ class EngineClient:
         self._observer.on_finished(request, finished, time.monotonic())
         if not self._requests:
             self._idle.set()
+
+
+def _note_prompt_logprobs(request: LiveRequest, logprobs: Logprobs | None) -> None:
+    """Append the next part. One that comes again, because the prompt was computed again, replaces what it repeats."""
+    if logprobs is not None:
+        known = request.prompt_logprobs or Logprobs(start=1)
+        request.prompt_logprobs = known.cut(0, logprobs.start - 1)
+        request.prompt_logprobs.extend(logprobs)

@@ -15,12 +15,14 @@ from minivllm.errors import (
     MiniVLLMError,
     NotReadyError,
     OverloadedError,
+    UnknownModelError,
 )
 
 # Error → (status, type, code). Looked up from the most derived class upwards.
 _KINDS: dict[type[Exception], tuple[int, str, str]] = {
     InvalidRequestError: (400, "invalid_request_error", "invalid_request"),
     DuplicateRequestError: (409, "invalid_request_error", "duplicate_request_id"),
+    UnknownModelError: (404, "not_found_error", "model_not_found"),
     OverloadedError: (429, "overloaded_error", "queue_full"),
     GenerationError: (500, "server_error", "generation_failed"),
     NotReadyError: (503, "unavailable_error", "not_ready"),

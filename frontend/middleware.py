@@ -7,8 +7,8 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from frontend.body import is_request_id
 from frontend.http_errors import error_response
-from frontend.schemas import is_request_id
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})  # probes carry no key
 

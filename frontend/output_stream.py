@@ -10,15 +10,25 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from minivllm.errors import MiniVLLMError
-from minivllm.protocol import Finished
+from minivllm.protocol import Finished, Logprobs
 
 
 class Chunk(Struct):
-    """New text and token ids; `finished` with the last ones."""
+    """New text and token ids, with log-probabilities where the request asks; `finished` with the last ones."""
 
     text: str
     token_ids: list[int]
     finished: Finished | None = None
+    logprobs: Logprobs | None = None
+
+    def append(self, later: "Chunk") -> None:
+        """Add what came after this one."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.finished = later.finished
+        if later.logprobs is not None:
+            self.logprobs = self.logprobs or Logprobs()
+            self.logprobs.extend(later.logprobs)
 
 
 class OutputStream:
@@ -31,12 +41,21 @@ class OutputStream:
         self._news = asyncio.Event()
         self.closed = False
 
-    def put(self, text: str, token_ids: Sequence[int], finished: Finished | None = None) -> None:
+    def put(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        finished: Finished | None = None,
+        logprobs: Logprobs | None = None,
+    ) -> None:
         """Add to what waits. Nothing may follow a `finished`."""
         pending = self._pending
         pending.text += text
         pending.token_ids += token_ids
         pending.finished = finished
+        if logprobs is not None:
+            pending.logprobs = pending.logprobs or Logprobs()
+            pending.logprobs.extend(logprobs)
         self.closed = finished is not None
         self._has_pending = True
         self._news.set()

@@ -1,5 +1,6 @@
 """Reads and validates a JSON body; what is wrong with it becomes an `InvalidRequestError` naming the field."""
 
+import re
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -11,15 +12,22 @@ from starlette.types import Receive, Scope
 
 from minivllm.errors import InvalidRequestError
 
+_JSON_TYPE = re.compile(r"$|application/([\w.+-]+\+)?json\s*($|;)", re.IGNORECASE)
 _MAX_SHOWN = 60  # characters of a wrong value that the message repeats
-_UNION_ARMS = {"text", "token_ids", "parts", "several", "[key]"}  # as tagged in schemas.py; [key] is pydantic's
+_UNION_ARMS = {"text", "token_ids", "parts", "several", "texts", "lists", "[key]"}  # our tags; [key] is pydantic's
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The whole body. Raises `HTTPException` 413 as soon as it is too large, `ClientDisconnect` when it breaks off."""
-    declared = Headers(scope=scope).get("content-length", "")
+async def read_body(scope: Scope, receive: Receive, max_bytes: int, requires_json: bool = False) -> bytes:
+    """The whole body. Raises `HTTPException` 413 as soon as it is too large, `ClientDisconnect` when it breaks off.
+
+    requires_json: raise 415 for a body that calls itself something else. (What `curl -d` sends calls itself a form.)
+    """
+    headers = Headers(scope=scope)
+    declared, kind = headers.get("content-length", ""), headers.get("content-type", "")
+    if requires_json and not _JSON_TYPE.match(kind):
+        raise HTTPException(415, f"Content-Type must be application/json, got {kind!r}")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
     parts, size, more = [], 0, True

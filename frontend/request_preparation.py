@@ -2,11 +2,11 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from frontend.schemas import GenerateRequest, PromptFields
+from frontend.schemas import Inputs
 from frontend.tokenizer import Tokenizer
 from minivllm.errors import InvalidRequestError
 from minivllm.protocol import EngineFacts
@@ -17,31 +17,53 @@ INLINE_CHARACTERS = 4096  # about a millisecond of tokenizing; longer text would
 T = TypeVar("T")
 
 
+class NamesItsInput(Protocol):
+    """Says which field an error about the prompt is about."""
+
+    @property
+    def param(self) -> str: ...
+
+
+class Prompt(msgspec.Struct, frozen=True, eq=False):
+    """What the model reads, and the text it came as, if it came as text."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
 async def run_for_size(num_characters: int, work: Callable[[], T]) -> T:
     """`work()` here when it is short, in a thread when it is long."""
     return work() if num_characters <= INLINE_CHARACTERS else await asyncio.to_thread(work)
 
 
-async def tokenize(body: PromptFields, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of the prompt or the chat. Raises `InvalidRequestError` when there are none."""
-    if isinstance(body.prompt, list):
-        return body.prompt
-    if body.prompt is not None:
-        prompt, add_special_tokens = body.prompt, body.add_special_tokens is not False
-        token_ids = await run_for_size(len(prompt), lambda: tokenizer.encode(prompt, add_special_tokens))
+async def prepare_prompts(inputs: Inputs, tokenizer: Tokenizer) -> list[Prompt]:
+    """The token ids of every prompt, or of the chat. Raises `InvalidRequestError` when one has none."""
+    add_special_tokens = inputs.add_special_tokens
+    if inputs.messages:
+        chat = [message.as_template_input() for message in inputs.messages]
+        size = sum(len(message["content"]) for message in chat)
+        prompts = [await run_for_size(size, lambda: _prepare_chat(chat, add_special_tokens, tokenizer))]
     else:
-        messages = [message.as_template_input() for message in body.messages or []]
-        size = sum(len(message["content"]) for message in messages)
-        token_ids = await run_for_size(
-            size, lambda: tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        size = sum(len(given) for given in inputs.prompts if isinstance(given, str))
+        prompts = await run_for_size(
+            size, lambda: [_prepare(given, add_special_tokens, tokenizer) for given in inputs.prompts]
         )
-    if not token_ids:
-        raise InvalidRequestError(f"{body.param} holds no token", body.param)
-    return token_ids
+    if not all(prompt.token_ids for prompt in prompts):
+        raise InvalidRequestError(f"{inputs.param} holds no token", inputs.param)
+    return prompts
+
+
+def _prepare(given: str | list[int], add_special_tokens: bool, tokenizer: Tokenizer) -> Prompt:
+    return Prompt(tokenizer.encode(given, add_special_tokens), given) if isinstance(given, str) else Prompt(given)
+
+
+def _prepare_chat(chat: list[dict[str, Any]], add_special_tokens: bool, tokenizer: Tokenizer) -> Prompt:
+    text = tokenizer.apply_chat_template(chat)
+    return Prompt(tokenizer.encode(text, add_special_tokens), text)
 
 
 def fit_to_model(
-    body: GenerateRequest, params: SamplingParams, prompt_token_ids: list[int], facts: EngineFacts
+    body: NamesItsInput, params: SamplingParams, prompt_token_ids: list[int], facts: EngineFacts
 ) -> SamplingParams:
     """Parameters with `max_tokens` filled in. Raises `InvalidRequestError` with the numbers for what cannot fit."""
     _check_token_ids(body.param, prompt_token_ids, facts.vocab_size)

@@ -1,10 +1,13 @@
 """The bodies of the endpoints: which fields there are and what they may hold. Unknown fields are refused."""
 
-import re
-from typing import Annotated, Any, Self
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
+from frontend.body import Body, RequestId, text_or
+from frontend.messages import ChatMessage
 from minivllm.errors import InvalidRequestError
 from minivllm.sampling_params import SamplingParams
 
@@ -16,50 +19,18 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
-_REQUEST_ID = r"[!-~]{1,256}"  # what a header can carry
-RequestId = Annotated[str, Field(pattern=f"^{_REQUEST_ID}$", description="unique among the unfinished ones")]
 
-
-def is_request_id(text: str) -> bool:
-    """Whether `text` can be the id of a request."""
-    return re.fullmatch(_REQUEST_ID, text) is not None
-
-
-def _text_or(other: str) -> Discriminator:
-    """Tells the arms of a union apart by whether the value is text, so that an error is about the one meant."""
-    return Discriminator(lambda value: "text" if isinstance(value, str) else other)
-
-
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 
 
-class Body(BaseModel):
-    """Base: exact types, finite numbers, no unknown fields."""
+class Inputs(NamedTuple):
+    """What the model is to read: prompts, or the messages of a chat. `param` names the field that says so."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-
-class TextPart(Body):
-    """A piece of a message's content."""
-
-    type: Annotated[str, Field(pattern="^text$")]
-    text: str
-
-
-class ChatMessage(Body):
-    """One turn of a chat."""
-
-    role: str
-    content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts"), Field(fail_fast=True)], _text_or("parts")
-    ]
-    name: str | None = None
-
-    def as_template_input(self) -> dict[str, Any]:
-        """Plain data, its text parts joined by line breaks."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        message = {"role": self.role, "content": content}
-        return message if self.name is None else message | {"name": self.name}
+    param: str
+    prompts: Sequence[str | list[int]] = ()
+    messages: Sequence[ChatMessage] = ()
+    add_special_tokens: bool = False
 
 
 class SamplingFields(Body):
@@ -77,7 +48,7 @@ class SamplingFields(Body):
     logit_bias: dict[TokenId, float] | None = None
     seed: int | None = None
     stop: (
-        Annotated[Annotated[StopString, Tag("text")] | Annotated[StopStrings, Tag("several")], _text_or("several")]
+        Annotated[Annotated[StopString, Tag("text")] | Annotated[StopStrings, Tag("several")], text_or("several")]
         | None
     ) = None
     stop_token_ids: TokenIds | None = None
@@ -85,9 +56,10 @@ class SamplingFields(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
 
-    def sampling_params(self, default_max_tokens: int | None) -> SamplingParams:
-        """Raises `InvalidRequestError` for a value out of its range."""
+    def sampling_params(self, default_max_tokens: int | None, **derived: int | None) -> SamplingParams:
+        """`derived` are fields that the endpoint says in its own way. Raises `InvalidRequestError` for a bad value."""
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name, None)) is not None}
+        given |= derived
         given.setdefault("max_tokens", default_max_tokens)
         stop = given.get("stop", ())
         given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -101,11 +73,11 @@ class PromptFields(Body):
     prompt: (
         Annotated[
             Annotated[str, Tag("text")] | Annotated[TokenIds, Tag("token_ids"), Field(min_length=1)],
-            _text_or("token_ids"),
+            text_or("token_ids"),
         ]
         | None
     ) = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
@@ -121,15 +93,48 @@ class PromptFields(Body):
         """The name of the field that is there."""
         return "messages" if self.prompt is None else "prompt"
 
+    def inputs(self) -> Inputs:
+        """The prompt or the messages."""
+        if self.messages is not None:
+            return Inputs(self.param, messages=self.messages)
+        prompts = [] if self.prompt is None else [self.prompt]
+        return Inputs(self.param, prompts, add_special_tokens=self.add_special_tokens is not False)
 
-class GenerateRequest(PromptFields, SamplingFields):
-    """POST /generate."""
 
-    stream: bool = True
+class GenerationFields(SamplingFields):
+    """What the body of every generating endpoint tells, each in its own way."""
+
+    stream: bool = False
     request_id: RequestId | None = None
 
+    @property
+    def asked_model(self) -> str | None:
+        """The model that the client names."""
+        return None
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt."""
+        return 1
+
+    @abstractmethod
+    def inputs(self) -> Inputs:
+        """What the model is to read."""
+
+    @abstractmethod
     def params(self) -> SamplingParams:
         """Raises `InvalidRequestError` for a value out of its range."""
+
+
+class GenerateRequest(PromptFields, GenerationFields):
+    """POST /generate."""
+
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stream: bool = True
+
+    def params(self) -> SamplingParams:
+        """See the base."""
         return self.sampling_params(DEFAULT_MAX_TOKENS if self.messages is None else None)
 
 

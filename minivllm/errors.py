@@ -4,7 +4,8 @@ MiniVLLMError
 ├── StartupError        the server cannot start; the message is the one line the user sees (exit code 1)
 │   └── ModelError      … because of the model: unsupported, too large, incomplete
 ├── InvalidRequestError one request is at fault (HTTP 400); `param` names the field
-│   └── DuplicateRequestError … because its id is in use (HTTP 409)
+│   ├── DuplicateRequestError … because its id is in use (HTTP 409)
+│   └── UnknownModelError … because it names a model that is not served (HTTP 404)
 ├── GenerationError     the engine gave up on one request that was not at fault (HTTP 500)
 ├── OverloadedError     too much work at once (HTTP 429/503); `retry_after` in seconds
 ├── NotReadyError       still loading, or shutting down (HTTP 503); `retry_after` in seconds
@@ -35,6 +36,10 @@ class InvalidRequestError(MiniVLLMError, ValueError):
 
 class DuplicateRequestError(InvalidRequestError):
     """A live request already has this id."""
+
+
+class UnknownModelError(InvalidRequestError):
+    """The model that the request names is not served here."""
 
 
 class GenerationError(MiniVLLMError):

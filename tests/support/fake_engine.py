@@ -27,6 +27,7 @@ from minivllm.protocol import (
     FrontendMessage,
     Hello,
     Histogram,
+    Logprobs,
     Message,
     Outputs,
     Ping,
@@ -48,6 +49,8 @@ class FakeRequest(Struct):
     tokens: list[int]
     reason: FinishReason
     num_emitted: int = 0
+    num_logprobs: int | None = None
+    prompt_logprobs: Logprobs | None = None
 
 
 def echo(add: Add) -> list[int]:
@@ -55,6 +58,16 @@ def echo(add: Add) -> list[int]:
     length = add.params.max_tokens or 16
     repeats = -(-length // len(add.prompt_token_ids))
     return (add.prompt_token_ids * repeats)[:length]
+
+
+def logprobs_of(token_ids: list[int], num_top: int, start: int = 0) -> Logprobs:
+    """Even ids are the most probable ones, odd ids come second, as far as `num_top` shows them."""
+    columns = Logprobs(start=start)
+    for token in token_ids:
+        best, second = token - token % 2, token - token % 2 + 1
+        ids = [best, second, *range(2, num_top)][:num_top]
+        columns.extend(Logprobs([-0.25 - token % 2], ids, [-0.25 - place for place in range(num_top)]))
+    return columns
 
 
 class FakeEngine:
@@ -179,7 +192,10 @@ class FakeEngine:
             return
         tokens = self.script(add)
         reason: FinishReason = "length" if len(tokens) == add.params.max_tokens else "stop"
-        self._requests[add.request_id] = FakeRequest(add.frontend_id, tokens, reason)
+        request = FakeRequest(add.frontend_id, tokens, reason, 0, add.params.logprobs)
+        if add.params.prompt_logprobs is not None and len(add.prompt_token_ids) > 1:
+            request.prompt_logprobs = logprobs_of(add.prompt_token_ids[1:], add.params.prompt_logprobs, 1)
+        self._requests[add.request_id] = request
 
     def _abort(self, request_ids: list[str]) -> None:
         self.aborted += request_ids
@@ -210,28 +226,49 @@ class FakeEngine:
     def _step_for(self, owner: bytes) -> None:
         outputs: dict[str, list[int]] = {}
         finished: dict[str, Finished] = {}
+        logprobs: dict[str, Logprobs] = {}
+        of_prompts: dict[str, Logprobs] = {}
         for request_id, request in self._requests.items():
-            if request.owner == owner:
+            if request.owner == owner and request.prompt_logprobs is not None:
+                # One by one, without a token of output, as a prompt in chunks.
+                of_prompts[request_id], rest = request.prompt_logprobs.cut(0, 1), request.prompt_logprobs.cut(1, 999)
+                outputs[request_id], request.prompt_logprobs = [], rest if len(rest) else None
+            elif request.owner == owner:
                 start = request.num_emitted
                 outputs[request_id] = request.tokens[start : start + self.tokens_per_step]
+                if request.num_logprobs is not None:
+                    logprobs[request_id] = logprobs_of(outputs[request_id], request.num_logprobs)
                 request.num_emitted = start + len(outputs[request_id])
                 if self.failure is not None:
                     outputs[request_id] = []
+                    logprobs.pop(request_id, None)
                     finished[request_id] = Finished("error", message=self.failure)
                 elif request.num_emitted == len(request.tokens):
                     finished[request_id] = Finished(request.reason, None, 2, 0.01, 0.02, 0.03)
         for request_id in finished:
             del self._requests[request_id]
-        self._publish(owner, outputs, finished)
+        self._publish(owner, outputs, finished, logprobs, of_prompts)
 
-    def _publish(self, owner: bytes, outputs: dict[str, list[int]], finished: dict[str, Finished]) -> None:
+    def _publish(
+        self,
+        owner: bytes,
+        outputs: dict[str, list[int]],
+        finished: dict[str, Finished],
+        logprobs: dict[str, Logprobs] | None = None,
+        of_prompts: dict[str, Logprobs] | None = None,
+    ) -> None:
         if self.lose_next:
             self.lose_next -= 1
             self._sequence[owner] += 1
             return
         flat = [token for tokens in outputs.values() for token in tokens]
         counts = [len(tokens) for tokens in outputs.values()]
-        self._send(owner, lambda seq: Outputs(self.epoch, seq, list(outputs), counts, flat, finished))
+        self._send(
+            owner,
+            lambda seq: Outputs(
+                self.epoch, seq, list(outputs), counts, flat, finished, logprobs or {}, of_prompts or {}
+            ),
+        )
 
     def _broadcast(self, make: Callable[[int], Message]) -> None:
         for frontend_id in self._sequence:

@@ -63,7 +63,7 @@ def test_the_curl_example_is_a_valid_request() -> None:
 
 def test_python_examples_name_what_exists() -> None:
     blocks = code_blocks("python")
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):

@@ -91,17 +91,17 @@ class RunningFrontend:
         """POST /generate, whole response."""
         return self.http.post("/generate", json=body)
 
-    def events(self, **body: Any) -> list[Any]:
+    def events(self, path: str = "/generate", **body: Any) -> list[Any]:
         """All events of a stream: objects, and "[DONE]"."""
-        with self.http.stream("POST", "/generate", json=body) as response:
+        with self.http.stream("POST", path, json=body) as response:
             assert response.status_code == 200, response.read()
             return list(parse_events(response.iter_lines()))
 
-    def open_raw(self, **body: Any) -> socket.socket:
+    def open_raw(self, path: str = "/generate", **body: Any) -> socket.socket:
         """Send a request by hand and return the connection, so that a test can leave as it likes."""
         payload = json.dumps(body).encode()
         connection = socket.create_connection(self.address, timeout=TIMEOUT)
-        head = f"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Length: {len(payload)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(payload)}\r\n\r\n"
         connection.sendall(head.encode() + payload)
         return connection
 
