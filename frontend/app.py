@@ -23,6 +23,7 @@ from frontend.openai.chat import ChatRenderer
 from frontend.openai.completions import CompletionRenderer
 from frontend.openai.models import Models
 from frontend.openai.schemas import ChatCompletionRequest, CompletionRequest
+from frontend.openapi import openapi_document
 from frontend.request_body import parse_body, read_body
 from frontend.request_preparation import prepare_prompts, run_for_size
 from frontend.schemas import DetokenizeRequest, GenerateRequest, TokenizeRequest
@@ -36,7 +37,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 def make_app(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer, metrics: FrontendMetrics) -> Starlette:
     """The application of one frontend process."""
-    models = Models(config, engine)
+    models, document = Models(config, engine), openapi_document()
     routes = [
         *_generation_routes(config, engine, tokenizer),
         Route("/v1/models", _json(lambda request: models.all())),
@@ -49,6 +50,7 @@ def make_app(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer,
         Route("/ready", _state(lambda: readiness(engine))),
         Route("/version", _version),
         Route("/metrics", _metrics(metrics)),
+        Route("/openapi.json", _json(lambda request: document)),
     ]
     return Starlette(routes=routes, middleware=_middleware(config), exception_handlers=EXCEPTION_HANDLERS)
 

@@ -26,6 +26,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self._special_tokens = dict(special_tokens)
+        self._knows_developers = "developer" in source
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -35,7 +36,7 @@ class ChatTemplate:
         """The prompt text. Raises `InvalidRequestError` when the template refuses the messages."""
         try:
             return self._template.render(
-                messages=list(messages),
+                messages=[self._known(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
@@ -44,6 +45,12 @@ class ChatTemplate:
         # A template is a program of others: besides raise_exception it can divide by zero or index what is not there.
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise InvalidRequestError(f"messages do not fit the chat template: {error}", "messages") from error
+
+    def _known(self, message: Message) -> Message:
+        """OpenAI's newer name of the system role, in the words of a template that does not know it."""
+        if message["role"] == "developer" and not self._knows_developers:
+            return {**message, "role": "system"}
+        return message
 
 
 def find_chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str | None:

@@ -46,7 +46,7 @@ class ToolCall(Body):
 
 
 class ChatMessage(Body):
-    """One turn of a chat. The fields that must be null are those of answers that clients send back as they came."""
+    """One turn of a chat. Fields that are null are those of answers that clients send back as they came."""
 
     role: str
     content: Annotated[
@@ -56,18 +56,16 @@ class ChatMessage(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _content_beside_calls(cls, value: Any) -> Any:
-        """Who calls a tool need not say anything."""
-        if isinstance(value, dict) and value.get("tool_calls") and value.get("content") is None:
-            return value | {"content": ""}
-        return value
+    def _without_null(cls, value: Any) -> Any:
+        """Null says nothing, whatever the field; but only who calls a tool may leave the content open."""
+        if not isinstance(value, dict):
+            return value
+        said = {name: field for name, field in value.items() if field is not None or name == "content"}
+        return said | {"content": ""} if said.get("content") is None and said.get("tool_calls") else said
 
     @model_validator(mode="after")
     def _check_arguments(self) -> Self:

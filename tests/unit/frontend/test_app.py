@@ -1,12 +1,18 @@
 """The other endpoints, the key, CORS and the metrics page, over a real server."""
 
 import json
+import re
 import socket
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.routing import Route
 
+from frontend.app import make_app
+from frontend.openai.schemas import ChatCompletionRequest, CompletionRequest
+from frontend.schemas import GenerateRequest
 from minivllm import __version__
 from minivllm.control import ControlChannel
 from tests.support.fake_engine import FakeEngine
@@ -169,3 +175,22 @@ def guarded(engine: FakeEngine, start_frontend: StartFrontend) -> RunningFronten
     frontend = start_frontend(api_key="secret", allowed_origins=("http://page.test",))
     frontend.wait_until_ready()
     return frontend
+
+
+def test_openapi_lists_every_route_and_every_field(frontend: RunningFrontend) -> None:
+    document = frontend.http.get("/openapi.json").json()
+    listed = {(method, path) for path, methods in document["paths"].items() for method in methods}
+    routes = make_app(frontend.config, Mock(), Mock(), Mock()).routes
+    served = {
+        (method.lower(), route.path.replace(":path}", "}"))
+        for route in routes
+        if isinstance(route, Route)
+        for method in route.methods or ()
+        if method != "HEAD"
+    }
+    assert listed == served
+    schemas = document["components"]["schemas"]
+    for model in (GenerateRequest, CompletionRequest, ChatCompletionRequest):
+        assert set(schemas[model.__name__]["properties"]) == set(model.model_fields)
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert references <= set(schemas)
