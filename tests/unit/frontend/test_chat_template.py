@@ -1,29 +1,22 @@
 """Templates of the common families render exactly as transformers renders them."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
 from frontend.chat_template import ChatTemplate
+from frontend.messages import ChatMessage
+from frontend.request_body import parse_body
+from frontend.schemas import GenerateRequest
 from frontend.tokenizer import Tokenizer
 from minivllm.errors import InvalidRequestError, StartupError
 from tests.unit.frontend.conftest import CHATML, byte_level
 
-LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
-    "{% set system = messages[0]['content'] %}"
-    "{% else %}{% set loop_messages = messages %}{% set system = false %}{% endif %}"
-    "{% for message in loop_messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if loop.index0 == 0 and system %}"
-    "{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] %}"
-    "{% else %}{% set content = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
 LLAMA3 = """{{- bos_token }}
 {%- if not date_string is defined %}
     {%- set date_string = strftime_now("%d %b %Y") %}
@@ -59,34 +52,88 @@ QWEN = """{%- if tools %}
 {{- messages[0] | tojson(indent=2) }}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
-ZEPHYR = """{% for message in messages %}
-    {% if message['role'] == 'user' %}
-{{ '<|user|>\n' + message['content'] + eos_token }}
-    {% elif message['role'] == 'system' %}
-{{ '<|system|>\n' + message['content'] + eos_token }}
-    {% elif message['role'] == 'assistant' %}
-{{ '<|assistant|>\n'  + message['content'] + eos_token }}
-    {% endif %}
-    {% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-    {% endif %}
-{% endfor %}"""
-TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "qwen": QWEN, "zephyr": ZEPHYR}
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "chat_templates"
+FAMILIES = {file.stem: file.read_text(encoding="utf-8").removesuffix("\n") for file in FIXTURES.glob("*.jinja")}
+LLAMA2 = FAMILIES["llama-2-chat"]
+TEMPLATES = {"chatml": CHATML, "macros": LLAMA3, "generation": QWEN} | FAMILIES  # the first three use all of Jinja
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 USER, ASSISTANT = {"role": "user", "content": " Hi <b>é</b> & 'you' "}, {"role": "assistant", "content": "Hello!"}
-CHATS = [[USER], [{"role": "system", "content": "Be brief."}, USER], [USER, ASSISTANT, USER]]
+SYSTEM: dict[str, Any] = {"role": "system", "content": "Be brief."}
+CALL = {"id": "call12345", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Zürich"}'}}
+TOOL_CALL: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TOOL: dict[str, Any] = {"role": "tool", "tool_call_id": "call12345", "content": "12 °C"}
+THOUGHT = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHello!"}
+CHATS: dict[str, list[dict[str, Any]]] = {
+    "user": [USER],
+    "system": [SYSTEM, USER],
+    "turns": [USER, ASSISTANT, USER],
+    "system and turns": [SYSTEM, USER, ASSISTANT, USER, THOUGHT, USER],
+    "two in a row": [USER, USER],
+    "tools": [USER, TOOL_CALL, TOOL, ASSISTANT, USER],
+    "tool at the end": [SYSTEM, USER, TOOL_CALL, TOOL],
+    "parts": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+}
+
+
+def as_template_input(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [ChatMessage.model_validate_json(json.dumps(message)).as_template_input() for message in chat]
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Callable[..., str]:
+    """transformers' own rendering of what the template is given."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), **SPECIAL_TOKENS)
+
+    def render(template: str, chat: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        text: str = tokenizer.apply_chat_template(
+            chat, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text
+
+    return render
+
+
+def test_there_are_enough_families() -> None:
+    assert len(FAMILIES) >= 12
 
 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_equals_transformers(name: str, chat: list[dict[str, str]], tmp_path: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
+def test_equals_transformers(name: str, chat: str, theirs: Callable[..., str]) -> None:
+    """In what is rendered, and in what is refused."""
+    ours, messages = ChatTemplate(TEMPLATES[name], SPECIAL_TOKENS), as_template_input(CHATS[chat])
+    for add_generation_prompt in (True, False):
+        try:
+            expected = theirs(TEMPLATES[name], messages, add_generation_prompt)
+        except (jinja2.TemplateError, TypeError) as error:
+            with pytest.raises(InvalidRequestError, match=re.escape(str(error))):
+                ours.render(messages, add_generation_prompt)
+        else:
+            assert ours.render(messages, add_generation_prompt) == expected
 
-    theirs = PreTrainedTokenizerFast(tokenizer_object=byte_level(), **SPECIAL_TOKENS)
-    expected = theirs.apply_chat_template(
-        chat, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=True
-    )
-    assert ChatTemplate(TEMPLATES[name], SPECIAL_TOKENS).render(chat) == expected
+
+def test_tool_calls_reach_the_template_as_objects() -> None:
+    chat = as_template_input(CHATS["tools"])
+    rendered = ChatTemplate(FAMILIES["qwen2.5-instruct"], SPECIAL_TOKENS).render(chat)
+    assert '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>' in rendered
+    assert "<tool_response>\n12 °C\n</tool_response>" in rendered
+
+
+def test_developers_speak_as_the_system_where_the_template_knows_none() -> None:
+    chat = [{"role": "developer", "content": "Be brief."}, USER]
+    template = ChatTemplate(CHATML, SPECIAL_TOKENS)
+    assert template.render(chat) == template.render([SYSTEM, USER])
+    assert "developer" in ChatTemplate(CHATML + "{# developer #}", SPECIAL_TOKENS).render(chat)
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", '"x"'])
+def test_arguments_that_are_no_object_are_refused(arguments: str) -> None:
+    call = CALL | {"function": {"name": "weather", "arguments": arguments}}
+    with pytest.raises(InvalidRequestError, match="weather") as caught:
+        parse_body(GenerateRequest, json.dumps({"messages": [TOOL_CALL | {"tool_calls": [call]}]}).encode())
+    assert caught.value.param == "messages"
 
 
 def test_the_template_may_refuse() -> None:
