@@ -66,8 +66,8 @@ def pull(arguments: Sequence[str], prog: str) -> int:
 
 
 def bench(arguments: Sequence[str], prog: str) -> int:
-    """Measure the engine core."""
-    from minivllm.bench.offline.command import main
+    """Measure a server or the engine core."""
+    from minivllm.bench.command import main
 
     return main(arguments, prog)
 
@@ -75,7 +75,7 @@ def bench(arguments: Sequence[str], prog: str) -> int:
 COMMANDS = {
     "serve": Command(serve, "serve a model over HTTP"),
     "pull": Command(pull, "fetch a model ahead of time"),
-    "bench": Command(bench, "measure latency, throughput or start-up of the engine"),
+    "bench": Command(bench, "measure a server, a frontend or the engine"),
 }
 
 
