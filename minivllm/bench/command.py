@@ -28,6 +28,12 @@ def _serve(arguments: Sequence[str], prog: str) -> int:
     return main(arguments, prog)
 
 
+def _frontend(arguments: Sequence[str], prog: str) -> int:
+    from minivllm.bench.frontend.command import main
+
+    return main(arguments, prog)
+
+
 def _offline(arguments: Sequence[str], prog: str) -> int:
     from minivllm.bench.offline.command import main
 
@@ -36,6 +42,7 @@ def _offline(arguments: Sequence[str], prog: str) -> int:
 
 BENCHMARKS = {
     "serve": _Benchmark(_serve, "any OpenAI-style server under load: latencies, tokens/s, goodput, sweeps"),
+    "frontend": _Benchmark(_frontend, "frontends alone, on a stub engine: tokens/s, and what a token costs"),
     "latency": _Benchmark(_offline, "engine in this process: decode step, time to first token, prefill"),
     "throughput": _Benchmark(_offline, "engine in this process: tokens/s of many requests at once"),
     "startup": _Benchmark(_offline, "start to ready, cold and warm caches"),
