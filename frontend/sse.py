@@ -1,5 +1,6 @@
 """Server-sent events: one `data:` line per event, comments to keep a silent stream alive, `[DONE]` at the end."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 from starlette.types import Send
@@ -19,9 +20,17 @@ def event(payload: bytes) -> bytes:
 
 
 async def send_events(send: Send, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
-    """Write a whole event-stream response; `send` waits while the client's socket is full."""
+    """Write a whole event-stream response; `send` waits while the client's socket is full.
+
+    The events are written by a task of their own: it is woken for every token, and waking this one would each time
+    walk down the ten coroutines of server and middleware that await it.
+    """
     extra = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS + extra})
+    await asyncio.create_task(_write_events(send, events))
+
+
+async def _write_events(send: Send, events: AsyncIterator[bytes]) -> None:
     async for data in events:
         await send({"type": "http.response.body", "body": data, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})
