@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +15,7 @@ from rich.table import Table
 from minivllm.bench.frontend.options import FrontendBenchOptions
 from minivllm.bench.frontend.processes import Processes, running
 from minivllm.bench.output_file import check_output_file, write_json
-from minivllm.bench.serving.endpoints import RequestSpec
+from minivllm.bench.serving.endpoints import Prompt, RequestSpec
 from minivllm.bench.serving.generator import LoadError, LoadGenerator
 from minivllm.bench.serving.messages import Sample
 from minivllm.bench.serving.target import Target
@@ -70,11 +71,11 @@ def _measure(options: FrontendBenchOptions) -> list[Delivery]:
 
 
 async def _run(options: FrontendBenchOptions, processes: Processes) -> list[Delivery]:
-    fields = {"temperature": 0, "ignore_eos": True}
+    fields: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
     if options.endpoint != "generate":
         fields["model"] = _MODEL
     target = Target(processes.url, options.endpoint, fields)
-    prompt = "Hello" if options.endpoint == "chat" else _PROMPT
+    prompt: Prompt = "Hello" if options.endpoint == "chat" else _PROMPT
     requests = [RequestSpec(prompt, options.output_len)] * options.streams
     deliveries = []
     async with LoadGenerator(target, options.num_processes) as generator:

@@ -12,7 +12,7 @@ from minivllm import launch
 from minivllm.bench.frontend.options import FrontendBenchOptions
 from minivllm.bench.serving.generator import LoadError
 from minivllm.config import FrontendConfig
-from minivllm.listener import LISTEN_FD_VARIABLE, open_listener, public_url
+from minivllm.listener import LISTEN_FD_VARIABLE, open_listeners, public_url
 from minivllm.transport import make_socket_dir, remove_socket_dir
 
 _STUB_ENGINE = (sys.executable, "-P", "-m", "minivllm.bench.frontend.stub_engine")
@@ -37,17 +37,16 @@ def running(options: FrontendBenchOptions, tokenizer_dir: str, vocab_size: int) 
     """Started here, killed after the block."""
     config = FrontendConfig(port=0)
     with ExitStack() as stack:
-        listener = stack.enter_context(open_listener(config))
+        listeners = [stack.enter_context(each) for each in open_listeners(config, options.frontends)]
         socket_dir = make_socket_dir()
         stack.callback(remove_socket_dir, socket_dir)
         pace = ("--vocab-size", str(vocab_size), "--tokens-per-second", str(options.tokens_per_second))
         engine = _start(stack, (*_STUB_ENGINE, str(socket_dir), *pace, "--hold", str(options.streams)))
         command = (*launch.FRONTEND_COMMAND, tokenizer_dir, "--socket-dir", str(socket_dir))
-        fd = listener.fileno()
-        frontends = [_start(stack, command, fd) for _ in range(options.frontends)]
+        frontends = [_start(stack, command, listener.fileno()) for listener in listeners]
         for frontend in frontends:
             _wait_until_ready(frontend)
-        yield Processes(public_url(config, listener), engine, frontends)
+        yield Processes(public_url(config, listeners[0]), engine, frontends)
 
 
 def _start(stack: ExitStack, command: tuple[str, ...], listen_fd: int | None = None) -> subprocess.Popen[str]:
