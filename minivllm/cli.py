@@ -72,8 +72,16 @@ def bench(arguments: Sequence[str], prog: str) -> int:
     return main(arguments, prog)
 
 
+def chat(arguments: Sequence[str], prog: str) -> int:
+    """Talk to a server."""
+    from minivllm.chat.command import main
+
+    return main(arguments, prog)
+
+
 COMMANDS = {
     "serve": Command(serve, "serve a model over HTTP"),
+    "chat": Command(chat, "talk to a server in the terminal"),
     "pull": Command(pull, "fetch a model ahead of time"),
     "bench": Command(bench, "measure a server, a frontend or the engine"),
 }
