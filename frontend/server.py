@@ -19,6 +19,7 @@ import uvicorn
 from frontend.app import make_app
 from frontend.engine_client import EngineClient
 from frontend.engine_metrics import EngineCollector, ProcessUsage
+from frontend.http_protocol import StreamingHttpProtocol
 from frontend.metrics import ENGINE, FrontendMetrics
 from frontend.tokenizer import Tokenizer
 from minivllm.config import ServeConfig
@@ -149,7 +150,7 @@ class _Server(uvicorn.Server):
 def _uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=StreamingHttpProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
