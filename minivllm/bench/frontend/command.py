@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minivllm.bench.frontend.options import FrontendBenchOptions
-from minivllm.bench.frontend.processes import Processes, running
+from minivllm.bench.frontend.processes import MODEL_NAME, Processes, running
 from minivllm.bench.output_file import check_output_file, write_json
 from minivllm.bench.serving.endpoints import Prompt, RequestSpec
 from minivllm.bench.serving.generator import LoadError, LoadGenerator
@@ -22,7 +22,6 @@ from minivllm.bench.serving.target import Target
 from minivllm.options import load_options
 
 _PROMPT = [100, 200, 300]  # tokens; how prompts come in is not what is measured
-_MODEL = "bench"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def _measure(options: FrontendBenchOptions) -> list[Delivery]:
 async def _run(options: FrontendBenchOptions, processes: Processes) -> list[Delivery]:
     fields: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
     if options.endpoint != "generate":
-        fields["model"] = _MODEL
+        fields["model"] = MODEL_NAME
     target = Target(processes.url, options.endpoint, fields)
     prompt: Prompt = "Hello" if options.endpoint == "chat" else _PROMPT
     requests = [RequestSpec(prompt, options.output_len)] * options.streams

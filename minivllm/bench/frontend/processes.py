@@ -15,6 +15,7 @@ from minivllm.config import FrontendConfig
 from minivllm.listener import LISTEN_FD_VARIABLE, open_listeners, public_url
 from minivllm.transport import make_socket_dir, remove_socket_dir
 
+MODEL_NAME = "bench"
 _STUB_ENGINE = (sys.executable, "-P", "-m", "minivllm.bench.frontend.stub_engine")
 
 
@@ -43,6 +44,7 @@ def running(options: FrontendBenchOptions, tokenizer_dir: str, vocab_size: int) 
         pace = ("--vocab-size", str(vocab_size), "--tokens-per-second", str(options.tokens_per_second))
         engine = _start(stack, (*_STUB_ENGINE, str(socket_dir), *pace, "--hold", str(options.streams)))
         command = (*launch.FRONTEND_COMMAND, tokenizer_dir, "--socket-dir", str(socket_dir))
+        command += ("--served-model-name", MODEL_NAME)
         frontends = [_start(stack, command, listener.fileno()) for listener in listeners]
         for frontend in frontends:
             _wait_until_ready(frontend)
