@@ -25,8 +25,10 @@ class IncrementalDetokenizer:
         self._bytes = tokenizer.token_bytes
         self._pieces = self._bytes.later_no_special if params.skip_special_tokens else self._bytes.later
         self._params = params
+        self._texts = self._bytes.texts_no_special if params.skip_special_tokens else self._bytes.texts
         self._utf8 = _Utf8Decoder("replace")
         self._at_start = True
+        self._is_mid_character = False
         include = params.include_stop_str_in_output
         self._matcher = StopStringMatcher(params.stop, include) if params.stop else None
         self.num_tokens = 0
@@ -68,13 +70,22 @@ class IncrementalDetokenizer:
     def _decode(self, token_ids: Sequence[int]) -> str:
         if self._at_start:
             return self._decode_start(token_ids)
+        if len(token_ids) == 1 and not self._is_mid_character:  # nearly always
+            text = self._texts[token_ids[0]]
+            if text is not None:
+                return text
         pieces = self._pieces
-        return self._utf8.decode(b"".join([pieces[token_id] for token_id in token_ids]))
+        return self._decode_bytes(b"".join([pieces[token_id] for token_id in token_ids]))
+
+    def _decode_bytes(self, piece: bytes) -> str:
+        text = self._utf8.decode(piece)
+        self._is_mid_character = bool(self._utf8.getstate()[0])
+        return text
 
     def _decode_start(self, token_ids: Sequence[int]) -> str:
         """Skip what decode skips, then take the first token's own piece."""
         for i, token_id in enumerate(token_ids):
             if not self._bytes.skips(token_id, self._params.skip_special_tokens):
                 self._at_start = False
-                return self._utf8.decode(self._bytes.first(token_id)) + self._decode(token_ids[i + 1 :])
+                return self._decode_bytes(self._bytes.first(token_id)) + self._decode(token_ids[i + 1 :])
         return ""

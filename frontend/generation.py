@@ -96,7 +96,7 @@ class GenerationEndpoint(Generic[BodyT]):
                 self._log(request_id, choices)
                 renderer = self._render(body, request_id, choices)
                 if body.stream:
-                    await _respond_with_events(renderer, choices, headers, send)
+                    await _respond_with_events(renderer, choices, headers, scope, send)
                 else:
                     payload = renderer.whole(await whole_answers(choices))
                     response = Response(payload, media_type="application/json", headers=headers)
@@ -149,12 +149,12 @@ def _fit(
 
 
 async def _respond_with_events(
-    renderer: Renderer, choices: Sequence[Choice], headers: dict[str, str], send: Send
+    renderer: Renderer, choices: Sequence[Choice], headers: dict[str, str], scope: Scope, send: Send
 ) -> None:
     # The status waits for the first token (or the first ping), so that a refusal by the engine core is still a 4xx.
     async with aclosing(arrivals(choices)) as news:
         first = await anext(news)
-        await sse.send_events(send, _events(renderer, first, news), headers)
+        await sse.send_events(send, _events(renderer, first, news), headers, scope)
 
 
 async def _events(renderer: Renderer, arrival: Arrival, news: AsyncGenerator[Arrival]) -> AsyncIterator[bytes]:

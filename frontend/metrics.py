@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from frontend.bulk_histogram import BulkHistogram
 from frontend.engine_client import LiveRequest
 from frontend.engine_metrics import EngineCollector
 from minivllm.protocol import Finished
@@ -20,6 +21,7 @@ _SECONDS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 _TOKENS = tuple(float(base * 10**power) for power in range(6) for base in (1, 2, 5))
+_FLUSH_SECONDS = 1.0
 
 
 class FrontendMetrics:
@@ -37,7 +39,10 @@ class FrontendMetrics:
             "vllm:request_success", "Requests by how they ended", (*_LABELS, "finished_reason"), registry=self._registry
         )
         self._first_token = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token", _FIRST_TOKEN)
-        self._inter_token = self._histogram("vllm:inter_token_latency_seconds", "Between outputs", _PER_TOKEN)
+        self._inter_token = BulkHistogram(
+            "vllm:inter_token_latency_seconds", "Between outputs", _LABELS, buckets=_PER_TOKEN, registry=self._registry
+        ).labels(*self._labels)
+        self._next_flush = 0.0
         self._per_token = self._histogram(
             "vllm:request_time_per_output_token_seconds", "A request's mean time per token after the first", _PER_TOKEN
         )
@@ -54,16 +59,20 @@ class FrontendMetrics:
 
     def render(self) -> bytes:
         """The page in Prometheus' text format."""
+        self._inter_token.flush()
         return generate_latest(self._shown)
 
     def on_tokens(self, request: LiveRequest, now: float) -> None:
         """Tokens of `request` arrived at `now` (`time.monotonic`)."""
         if request.first_token_time:
-            self._inter_token.observe(now - request.last_token_time)
+            self._inter_token.count(now - request.last_token_time)
         else:
             request.first_token_time = now
             self._first_token.observe(now - request.arrival_time)
         request.last_token_time = now
+        if now >= self._next_flush:  # for other frontends: they show the sum of all
+            self._next_flush = now + _FLUSH_SECONDS
+            self._inter_token.flush()
 
     def on_finished(self, request: LiveRequest, finished: Finished, now: float) -> None:
         """`request` ended at `now`. Times measured by the engine core exist where it said how the request ended."""

@@ -19,6 +19,7 @@ import uvicorn
 from frontend.app import make_app
 from frontend.engine_client import EngineClient
 from frontend.engine_metrics import EngineCollector, ProcessUsage
+from frontend.http_protocol import StreamingHttpProtocol
 from frontend.metrics import ENGINE, FrontendMetrics
 from frontend.tokenizer import Tokenizer
 from minivllm.config import ServeConfig
@@ -149,13 +150,14 @@ class _Server(uvicorn.Server):
 def _uvicorn_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=StreamingHttpProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
         log_level=logging.WARNING,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks for the client's address
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_LAST_WRITES_SECONDS,
     )

@@ -7,7 +7,7 @@ only on whether it is the first, so the text of a growing list is the UTF-8 deco
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 
@@ -18,14 +18,17 @@ _PIECEWISE = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "WordPiec
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class PieceTable(dict[int, bytes]):
-    """Token id → its bytes, computed when first asked for."""
+_Piece = TypeVar("_Piece")
 
-    def __init__(self, compute: Callable[[int], bytes]) -> None:
+
+class PieceTable(dict[int, _Piece]):
+    """Token id → what it adds, computed when first asked for."""
+
+    def __init__(self, compute: Callable[[int], _Piece]) -> None:
         super().__init__()
         self._compute = compute
 
-    def __missing__(self, token_id: int) -> bytes:
+    def __missing__(self, token_id: int) -> _Piece:
         piece = self[token_id] = self._compute(token_id)
         return piece
 
@@ -34,6 +37,7 @@ class TokenBytes:
     """The pieces of one tokenizer. Raises `ModelError` for a decoder whose pieces depend on more than the position.
 
     later: pieces of tokens after the first; later_no_special: the same, with nothing for special tokens.
+    texts, texts_no_special: the same as text, None where the bytes are not whole characters.
     Ids without a token (padding of the vocabulary) have an empty piece, as in the tokenizer's own decode.
     """
 
@@ -47,7 +51,7 @@ class TokenBytes:
         if kinds and kinds <= _BYTE_LEVEL:
             self._byte_of_char = _byte_level_alphabet()
             self.later = PieceTable(self._byte_level_piece)
-            self._first: PieceTable = self.later
+            self._first: PieceTable[bytes] = self.later
         elif kinds <= _PIECEWISE and not any(step.get("stop") for step in steps):
             self._anchor, self._anchor_text = self._find_anchor()
             self.later = PieceTable(self._later_piece)
@@ -55,6 +59,8 @@ class TokenBytes:
         else:
             raise ModelError(f"the tokenizer's decoder ({', '.join(sorted(kinds))}) cannot be streamed")
         self.later_no_special = PieceTable(lambda token: b"" if token in self._special_ids else self.later[token])
+        self.texts = PieceTable(lambda token: _text(self.later[token]))
+        self.texts_no_special = PieceTable(lambda token: _text(self.later_no_special[token]))
 
     def skips(self, token_id: int, skip_special_tokens: bool) -> bool:
         """Whether decode leaves this id out altogether."""
@@ -102,6 +108,13 @@ class TokenBytes:
             if token and token[-1].isalnum() and token_id not in self._special_ids:
                 return token_id, self._decode([token_id])
         raise ModelError("the tokenizer has no token that ends in a letter")
+
+
+def _text(piece: bytes) -> str | None:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _decoder_steps(decoder: Any) -> Iterator[dict[str, Any]]:

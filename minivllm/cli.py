@@ -66,16 +66,24 @@ def pull(arguments: Sequence[str], prog: str) -> int:
 
 
 def bench(arguments: Sequence[str], prog: str) -> int:
-    """Measure the engine core."""
-    from minivllm.bench.offline.command import main
+    """Measure a server or the engine core."""
+    from minivllm.bench.command import main
+
+    return main(arguments, prog)
+
+
+def chat(arguments: Sequence[str], prog: str) -> int:
+    """Talk to a server."""
+    from minivllm.chat.command import main
 
     return main(arguments, prog)
 
 
 COMMANDS = {
     "serve": Command(serve, "serve a model over HTTP"),
+    "chat": Command(chat, "talk to a server in the terminal"),
     "pull": Command(pull, "fetch a model ahead of time"),
-    "bench": Command(bench, "measure latency, throughput or start-up of the engine"),
+    "bench": Command(bench, "measure a server, a frontend or the engine"),
 }
 
 

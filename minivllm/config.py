@@ -78,7 +78,11 @@ class FrontendConfig(ModelConfig):
 class ServeConfig(EngineConfig, FrontendConfig):
     """Options of `minivllm serve`, `python -m engine_core` and `python -m frontend`."""
 
-    api_server_count: Positive = Field(1, description="number of frontend processes that share the port")
+    api_server_count: Positive | None = Field(
+        None,
+        description="number of frontend processes that share the port; default: 1 on a CPU, with a GPU one for every "
+        "four cores, at most 4",
+    )
     socket_dir: Path | None = Field(None, description="private directory of the ZeroMQ sockets; default: a fresh one")
     startup_timeout: float = Field(600.0, gt=0, description="seconds until every process must be ready")
     shutdown_timeout: float = Field(30.0, ge=0, description="seconds for running requests to finish after SIGTERM")

@@ -5,19 +5,22 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from minivllm import model_store
+from minivllm.api_servers import default_api_server_count
 from minivllm.child import ChildSpec
 from minivllm.config import ServeConfig
 from minivllm.control import CONTROL_FD_VARIABLE
-from minivllm.listener import LISTEN_FD_VARIABLE, open_listener, public_url
+from minivllm.listener import LISTEN_FD_VARIABLE, open_listeners, public_url
 from minivllm.options import ENV_PREFIX, env_name
 from minivllm.progress import Progress
 from minivllm.supervisor import Supervisor
 from minivllm.transport import CONFIG_FILE, METRICS_DIR, Endpoints, make_socket_dir, remove_socket_dir
+
+METRICS_DIR_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's
 
 # -P: a directory called frontend where the user happens to stand must not be taken for ours.
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine_core")
@@ -31,12 +34,13 @@ def serve(
 ) -> int:
     """Serve until told to stop; the exit code. Raises `StartupError` when the server cannot start."""
     with ExitStack() as cleanup:
-        listener = cleanup.enter_context(open_listener(config))
+        count = config.api_server_count or default_api_server_count(config)
+        listeners = [cleanup.enter_context(listener) for listener in open_listeners(config, count)]
         if config.uds is not None:
             cleanup.callback(config.uds.unlink, missing_ok=True)
         progress = cleanup.enter_context(Progress())
         try:
-            resolved = _resolve(config, listener, progress)
+            resolved = _resolve(config, listeners[0], progress)
         except KeyboardInterrupt:
             return 0
         socket_dir = make_socket_dir(config.socket_dir)
@@ -44,14 +48,14 @@ def serve(
         Endpoints.in_directory(socket_dir)  # refuses a path that is too long
         resolved = resolved.model_copy(update={"socket_dir": socket_dir})
         progress.update(f"Starting {_short_name(config)}")
-        engine, frontends = _child_specs(resolved, listener, engine_command, frontend_command)
+        engine, frontends = _child_specs(resolved, listeners, engine_command, frontend_command)
         supervisor = Supervisor(
             engine,
             frontends,
             startup_timeout=config.startup_timeout,
             shutdown_timeout=config.shutdown_timeout,
             on_progress=progress.update,
-            on_ready=_announcer(progress, _short_name(config), public_url(config, listener)),
+            on_ready=_announcer(progress, _short_name(config), public_url(config, listeners[0])),
         )
         return asyncio.run(supervisor.run())
 
@@ -73,20 +77,27 @@ def _resolve(config: ServeConfig, listener: socket.socket, progress: Progress) -
 
 
 def _child_specs(
-    config: ServeConfig, listener: socket.socket, engine_command: tuple[str, ...], frontend_command: tuple[str, ...]
+    config: ServeConfig,
+    listeners: Sequence[socket.socket],
+    engine_command: tuple[str, ...],
+    frontend_command: tuple[str, ...],
 ) -> tuple[ChildSpec, list[ChildSpec]]:
     directory = config.socket_dir or Path()
     config_file = _write_private(directory / CONFIG_FILE, config.model_dump_json())
     environment = _child_environment(os.environ)
-    if config.api_server_count > 1:  # prometheus_client adds up the counters of several frontends in files there
+    if len(listeners) > 1:  # prometheus_client adds up the counters of several frontends in files there
         metrics_dir = directory / METRICS_DIR
         metrics_dir.mkdir(mode=0o700, exist_ok=True)
-        environment["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_dir)
+        environment[METRICS_DIR_VARIABLE] = str(metrics_dir)
     arguments = ("--config", str(config_file))
-    frontend_environment = {**environment, LISTEN_FD_VARIABLE: str(listener.fileno())}
     frontends = [
-        ChildSpec(f"frontend-{index}", (*frontend_command, *arguments), frontend_environment, (listener.fileno(),))
-        for index in range(config.api_server_count)
+        ChildSpec(
+            f"frontend-{index}",
+            (*frontend_command, *arguments),
+            {**environment, LISTEN_FD_VARIABLE: str(listener.fileno())},
+            (listener.fileno(),),
+        )
+        for index, listener in enumerate(listeners)
     ]
     return ChildSpec("engine_core", (*engine_command, *arguments), environment), frontends
 
@@ -94,7 +105,7 @@ def _child_specs(
 def _child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` without our options: the children get them resolved, and a variable would beat their config file."""
     options = {env_name(name) for name in ServeConfig.model_fields}
-    ours = options | {f"{ENV_PREFIX}CONFIG", CONTROL_FD_VARIABLE, LISTEN_FD_VARIABLE}
+    ours = options | {f"{ENV_PREFIX}CONFIG", CONTROL_FD_VARIABLE, LISTEN_FD_VARIABLE, METRICS_DIR_VARIABLE}
     return {name: value for name, value in environ.items() if name not in ours}
 
 

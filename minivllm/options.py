@@ -109,7 +109,15 @@ def _add_argument(group: Any, name: str, field: FieldInfo) -> None:
         metavar = "{" + ",".join(typing.get_args(kind)) + "}"
         group.add_argument(_spelling(name), metavar=metavar, dest=name, help=text)
     else:
-        group.add_argument(_spelling(name), metavar=_METAVARS[typing.get_origin(kind) or kind], dest=name, help=text)
+        metavar = _METAVARS[typing.get_origin(kind) or kind]
+        nargs = "+" if _takes_several(field) else None
+        group.add_argument(_spelling(name), metavar=metavar, nargs=nargs, dest=name, help=text)
+
+
+def _takes_several(field: FieldInfo) -> bool:
+    """Whether the flag of a tuple takes several words, in place of one with commas."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and extra.get("several") is True
 
 
 def _spelling(name: str) -> str:
@@ -156,6 +164,9 @@ def _parse_yaml(text: str) -> Any:
 
 def _split(field: FieldInfo, value: Any) -> Any:
     """A tuple in a flag or variable is written a,b."""
+    if _takes_several(field):
+        value = " ".join(value) if isinstance(value, list) else value.replace(",", " ")
+        return value.split()
     if typing.get_origin(_plain_type(field.annotation)) is tuple and isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value

@@ -11,11 +11,10 @@ import argparse
 import asyncio
 import dataclasses
 import itertools
-import json
 import platform
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,15 +26,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minivllm import __version__
-from minivllm.bench.client import measure_all, tokenize
 from minivllm.bench.frontend_cost import ReadyTime, frontend_rss
-from minivllm.bench.results import Result, make_table, median_run, summarize
-from minivllm.bench.workloads import Workload, load_workloads
+from minivllm.bench.output_file import write_json
+from minivllm.bench.results import Result, make_result, make_table, median_run
+from minivllm.bench.serving.endpoints import RequestSpec
+from minivllm.bench.serving.generator import LoadError, LoadGenerator
+from minivllm.bench.serving.summary import summarize
+from minivllm.bench.serving.target import Target
+from minivllm.bench.workloads import Prompt, Workload, load_workloads
 from minivllm.errors import MiniVLLMError
 from minivllm.local_server import LocalServer
 
 _FIRST_TOKEN_ID = 1000  # first tokens count up from here: ordinary words of any vocabulary
-_TIMEOUT = httpx.Timeout(600.0)
+_TIMEOUT = 600.0  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if options.json:
         content = {"machine": _machine(), "frontend": frontend, "results": [dataclasses.asdict(r) for r in results]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, content)
     return 0
 
 
@@ -87,31 +90,52 @@ def _parser() -> argparse.ArgumentParser:
 async def _run(url: str, names: str, rounds: int, console: Console) -> tuple[list[Result], int | None]:
     workloads = [workload for workload in load_workloads() if workload.name in names]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, limits=httpx.Limits(max_connections=None)) as http:
+    target = Target(url, "generate", {"temperature": 0, "ignore_eos": True}, timeout=_TIMEOUT)
+    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT) as http, LoadGenerator(target, 1) as generator:
         with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-            first_ids = itertools.count(_FIRST_TOKEN_ID)
-            await _run_once(http, load_workloads()[0], first_ids, "warm-up", progress)
+            bench = _Bench(http, generator, progress)
+            await bench.run_once(load_workloads()[0], "warm-up")
             results = [
-                median_run(
-                    [await _run_once(http, workload, first_ids, f"{round_ + 1}", progress) for round_ in range(rounds)]
-                )
+                median_run([await bench.run_once(workload, f"{round_ + 1}") for round_ in range(rounds)])
                 for workload in workloads
             ]
         return results, await frontend_rss(http)
 
 
-async def _run_once(
-    http: httpx.AsyncClient, workload: Workload, first_ids: Iterator[int], label: str, progress: Progress
-) -> Result:
-    """One run; every prompt gets a first token of its own, so that no other has the same prefix."""
-    requests = [
-        ([next(first_ids), *(await tokenize(http, prompt.text))[1:]], prompt.max_tokens) for prompt in workload.prompts
-    ]
-    total = sum(max_tokens for _, max_tokens in requests)
-    task = progress.add_task(f"{workload.name} {label}", total=total)
-    measured = await measure_all(http, requests, workload.concurrency, lambda count: progress.advance(task, count))
-    progress.remove_task(task)
-    return summarize(workload.name, workload.concurrency, measured)
+class _Bench:
+    """Runs workloads, and gives every prompt a first token of its own, so that no two have the same prefix."""
+
+    def __init__(self, http: httpx.AsyncClient, generator: LoadGenerator, progress: Progress) -> None:
+        self._http = http
+        self._generator = generator
+        self._progress = progress
+        self._first_ids = itertools.count(_FIRST_TOKEN_ID)
+
+    async def run_once(self, workload: Workload, label: str) -> Result:
+        """One run. Raises `LoadError` when a request fails or is short of a token."""
+        requests = [await self._request(prompt) for prompt in workload.prompts]
+        total = sum(request.max_tokens for request in requests)
+        task = self._progress.add_task(f"{workload.name} {label}", total=total)
+        samples = await self._generator.run(
+            requests,
+            [0.0] * len(requests),
+            workload.concurrency,
+            lambda num_requests, num_tokens: self._progress.update(task, completed=num_tokens),
+        )
+        self._progress.remove_task(task)
+        for request, sample in zip(requests, samples, strict=True):
+            if sample.error is not None:
+                raise LoadError(sample.error)
+            if sample.num_output_tokens != request.max_tokens:
+                raise LoadError(f"a request for {request.max_tokens} tokens brought {sample.num_output_tokens}")
+        return make_result(workload.name, workload.concurrency, summarize(samples))
+
+    async def _request(self, prompt: Prompt) -> RequestSpec:
+        """`prompt` as the server's tokenizer cuts it."""
+        response = await self._http.post("/tokenize", json={"prompt": prompt.text})
+        if response.status_code != httpx.codes.OK:
+            raise LoadError(f"the server answered {response.status_code} to /tokenize: {response.text[:300]}")
+        return RequestSpec([next(self._first_ids), *response.json()["tokens"][1:]], prompt.max_tokens)
 
 
 def _title(rounds: int) -> str:

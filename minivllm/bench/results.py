@@ -1,4 +1,4 @@
-"""Turns measured requests into the numbers that are shown and written."""
+"""Turns the runs of a fixed workload into the numbers that are shown and written."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from minivllm.bench.client import Measured
+from minivllm.bench.serving.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,21 @@ class Result:
     itl_p99: float
 
 
-def summarize(workload: str, concurrency: int, measured: Sequence[Measured]) -> Result:
-    """Numbers of one run, from the first request sent to the last token received."""
-    seconds = max(request.tokens[-1][0] for request in measured) - min(request.start for request in measured)
-    num_output_tokens = sum(request.num_tokens for request in measured)
-    ttft = [1000 * request.time_to_first_token for request in measured]
-    itl = [1000 * latency for request in measured for latency in request.inter_token_latencies] or [0.0]
+def make_result(workload: str, concurrency: int, summary: Summary) -> Result:
+    """Numbers of one run in which every request succeeded."""
     return Result(
         workload=workload,
         concurrency=concurrency,
-        num_requests=len(measured),
-        num_prompt_tokens=sum(request.usage["prompt_tokens"] for request in measured),
-        num_output_tokens=num_output_tokens,
-        num_cached_tokens=sum(request.usage["prompt_tokens_details"]["cached_tokens"] for request in measured),
-        seconds=seconds,
-        tokens_per_second=num_output_tokens / seconds,
-        ttft_p50=percentile(ttft, 0.50),
-        ttft_p99=percentile(ttft, 0.99),
-        itl_p50=percentile(itl, 0.50),
-        itl_p99=percentile(itl, 0.99),
+        num_requests=summary.num_completed,
+        num_prompt_tokens=summary.num_prompt_tokens,
+        num_output_tokens=summary.num_output_tokens,
+        num_cached_tokens=summary.num_cached_tokens,
+        seconds=summary.seconds,
+        tokens_per_second=summary.output_tokens_per_second,
+        ttft_p50=summary.ttft.percentiles[50],
+        ttft_p99=summary.ttft.percentiles[99],
+        itl_p50=summary.itl.percentiles[50],
+        itl_p99=summary.itl.percentiles[99],
     )
 
 
@@ -53,12 +49,6 @@ def median_run(runs: Sequence[Result]) -> Result:
     """The run with the median speed (the slower of the middle two)."""
     speed = statistics.median_low(run.tokens_per_second for run in runs)
     return next(run for run in runs if run.tokens_per_second == speed)
-
-
-def percentile(values: Sequence[float], fraction: float) -> float:
-    """The smallest value that at least `fraction` of all do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -int(-fraction * len(ordered) // 1) - 1)]
 
 
 def make_table(results: Sequence[Result], title: str, caption: str) -> Table:

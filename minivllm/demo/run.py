@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import httpx
 
-from minivllm.bench.client import BenchmarkError, events
 from minivllm.demo.state import Client, DemoState
+from minivllm.event_stream import post_events
 
 REDRAW_SECONDS = 0.05
 
@@ -36,12 +36,9 @@ async def _ask(http: httpx.AsyncClient, client: Client, state: DemoState, progre
         "temperature": 0,
         "request_id": client.name,
     }
-    async with http.stream("POST", "/generate", json=body) as response:
-        if response.status_code != 200:
-            raise BenchmarkError(f"the server answered {response.status_code}: {(await response.aread())[:300]!r}")
-        async for event in events(response.aiter_lines()):
-            client.text += event["text"]
-            client.num_tokens += len(event["token_ids"])
-            client.finish_reason = event["finish_reason"]
-            async with progress:
-                progress.notify_all()
+    async for event in post_events(http, "/generate", body):
+        client.text += event["text"]
+        client.num_tokens += len(event["token_ids"])
+        client.finish_reason = event["finish_reason"]
+        async with progress:
+            progress.notify_all()

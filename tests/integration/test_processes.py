@@ -1,6 +1,7 @@
 """Other shapes of the server: several frontends, started by hand, random weights; and what a frontend weighs."""
 
 import re
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -37,14 +38,12 @@ def test_delete_reaches_a_request_of_another_frontend(default_model_dir: Path) -
     with ServerProcess(str(default_model_dir), "--api-server-count", "2") as server:
         with server.stream(prompt="Once", max_tokens=4000, ignore_eos=True, request_id="mine") as events:
             next(events)
-            # Suspended, the frontend that serves the stream cannot take this connection: the other one does.
             owner = owner_of_client(server)
-            owner.suspend()
-            try:
-                assert server.http.delete("/v1/requests/mine").status_code == 202
-                ended = server.wait_for_metrics("aborted", lambda metrics: metrics.finished.get("abort") == 1)
-            finally:
-                owner.resume()
+            (other,) = (frontend for frontend in server.frontends if frontend.pid != owner.pid)
+            with connection_to(other, server) as connection:
+                connection.sendall(b"DELETE /v1/requests/mine HTTP/1.1\r\nHost: test\r\n\r\n")
+                assert connection.recv(12) == b"HTTP/1.1 202"
+            ended = server.wait_for_metrics("aborted", lambda metrics: metrics.finished.get("abort") == 1)
             assert ended.num_running == 0
             assert list(events)[-2]["finish_reason"] == "abort"
         server.settle()
@@ -105,3 +104,19 @@ def owner_of_client(server: ServerProcess) -> psutil.Process:
     ]
     assert len(owners) == 1
     return owners[0]
+
+
+def connection_to(frontend: psutil.Process, server: ServerProcess) -> socket.socket:
+    """A connection that `frontend` took; which one takes it is the kernel's choice, so try until it is that one."""
+    while True:
+        connection = socket.create_connection(server.address, timeout=WAIT)
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: test\r\n\r\n")
+        while b"}" not in connection.recv(4096):
+            pass
+        if is_taken_by(frontend, connection.getsockname()[1]):
+            return connection
+        connection.close()
+
+
+def is_taken_by(frontend: psutil.Process, client_port: int) -> bool:
+    return any(c.status == "ESTABLISHED" and c.raddr.port == client_port for c in frontend.net_connections())

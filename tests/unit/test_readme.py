@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from frontend.schemas import GenerateRequest
+from minivllm.bench.serving.options import ServeBenchOptions
 from minivllm.cli import COMMANDS
 from minivllm.config import ServeConfig
 
@@ -37,6 +38,7 @@ def test_links_lead_to_files() -> None:
 @pytest.mark.parametrize("text", [README, ARCHITECTURE], ids=["readme", "architecture"])
 def test_options_exist(text: str) -> None:
     others = {"--help", "--config", "--strict", "--requests", "--rounds"}  # of every command, mypy, scripts/numbers
+    others |= {"--" + name.replace("_", "-") for name in ServeBenchOptions.model_fields}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - others
     assert mentioned
     assert mentioned <= {"--" + name.replace("_", "-") for name in ServeConfig.model_fields}

@@ -1,14 +1,13 @@
 """`minivllm bench latency|throughput|startup`: reads the options, measures, prints a table, writes JSON."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from minivllm.bench.offline.options import BenchOptions, LatencyOptions, StartupOptions, ThroughputOptions
+from minivllm.bench.output_file import check_output_file, write_json
 from minivllm.errors import MiniVLLMError, StartupError
 from minivllm.logs import setup_logging
 from minivllm.options import load_options
@@ -16,23 +15,17 @@ from minivllm.options import load_options
 
 class _Benchmark(NamedTuple):
     options: type[BenchOptions]
-    summary: str
     load: Callable[[], Callable[..., Any]]  # seconds of imports: only once the options are known to be good
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
-    """Run one benchmark. 0: done; 1: it could not be measured, with one line why; 2: bad arguments."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help(prog), file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
-    benchmark = BENCHMARKS.get(arguments[0])
-    if benchmark is None:
-        print(f"{prog}: error: unknown benchmark {arguments[0]!r} (see {prog} --help)", file=sys.stderr)
-        return 2
-    options = load_options(benchmark.options, arguments[1:], f"{prog} {arguments[0]}")
+    """Run the benchmark that `prog` ends with. 0: done; 1: it could not be measured, with one line why."""
+    name = prog.rpartition(" ")[2]
+    benchmark = BENCHMARKS[name]
+    options = load_options(benchmark.options, arguments, prog)
     setup_logging("Bench")
     try:
-        _measure(arguments[0], benchmark, options)
+        _measure(name, benchmark, options)
     except StartupError:
         raise
     except MiniVLLMError as error:
@@ -42,8 +35,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
 
 
 def _measure(name: str, benchmark: _Benchmark, options: BenchOptions) -> None:
-    if options.json_ is not None and not options.json_.absolute().parent.is_dir():
-        raise StartupError(f"--json {options.json_}: no such directory")
+    check_output_file("json", options.json_)
     measure = benchmark.load()
     from minivllm.bench.offline.shapes import located
     from minivllm.bench.offline.watch import Watch
@@ -53,14 +45,7 @@ def _measure(name: str, benchmark: _Benchmark, options: BenchOptions) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(report.render())
     if options.json_ is not None:
         content = {"benchmark": name, "options": options.model_dump(mode="json", exclude={"json_"}), **report.as_dict()}
-        _write(options.json_, content)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StartupError(f"--json {path}: {error.strerror}") from error
+        write_json(options.json_, content)
 
 
 def _load_latency() -> Callable[..., Any]:
@@ -82,13 +67,7 @@ def _load_startup() -> Callable[..., Any]:
 
 
 BENCHMARKS = {
-    "latency": _Benchmark(LatencyOptions, "decode step, time to first token, prefill", _load_latency),
-    "throughput": _Benchmark(ThroughputOptions, "tokens/s of many requests at once", _load_throughput),
-    "startup": _Benchmark(StartupOptions, "start to ready, cold and warm caches", _load_startup),
+    "latency": _Benchmark(LatencyOptions, _load_latency),
+    "throughput": _Benchmark(ThroughputOptions, _load_throughput),
+    "startup": _Benchmark(StartupOptions, _load_startup),
 }
-
-
-def _help(prog: str) -> str:
-    lines = [f"usage: {prog} BENCHMARK [MODEL] [options]", "", "benchmarks of the engine core, in this process:"]
-    lines += [f"  {name:<12} {benchmark.summary}" for name, benchmark in BENCHMARKS.items()]
-    return "\n".join([*lines, "", f"{prog} BENCHMARK --help shows its options; scripts/bench measures over HTTP."])

@@ -1,0 +1,1 @@
+"""`minivllm chat`: a conversation with a server, in the terminal."""
