@@ -46,6 +46,19 @@ class Runner(Protocol):
 
 
 @dataclass(slots=True)
+class WatchedRunner:
+    """Tells `on_launch` of every batch before `runner` gets it."""
+
+    runner: Runner
+    on_launch: Callable[[Batch], None]
+
+    def launch(self, batch: Batch) -> LaunchedTokens:
+        """See `Runner`."""
+        self.on_launch(batch)
+        return self.runner.launch(batch)
+
+
+@dataclass(slots=True)
 class Device:
     """`depth` is the number of passes in flight between two steps."""
 

@@ -72,10 +72,18 @@ def bench(arguments: Sequence[str], prog: str) -> int:
     return main(arguments, prog)
 
 
+def simulate(arguments: Sequence[str], prog: str) -> int:
+    """Run the scheduler against a cost model."""
+    from minivllm.simulate.command import main
+
+    return main(arguments, prog)
+
+
 COMMANDS = {
     "serve": Command(serve, "serve a model over HTTP"),
     "pull": Command(pull, "fetch a model ahead of time"),
     "bench": Command(bench, "measure latency, throughput or start-up of the engine"),
+    "simulate": Command(simulate, "run the real scheduler against a cost model, and plan capacity"),
 }
 
 

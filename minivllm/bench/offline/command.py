@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from minivllm.bench.offline.options import BenchOptions, LatencyOptions, StartupOptions, ThroughputOptions
+from minivllm.bench.offline.options import (
+    BenchOptions,
+    FitOptions,
+    LatencyOptions,
+    StartupOptions,
+    ThroughputOptions,
+)
 from minivllm.errors import MiniVLLMError, StartupError
 from minivllm.logs import setup_logging
 from minivllm.options import load_options
@@ -81,10 +87,17 @@ def _load_startup() -> Callable[..., Any]:
     return measure_startup
 
 
+def _load_fit() -> Callable[..., Any]:
+    from minivllm.bench.offline.fit import measure_fit
+
+    return measure_fit
+
+
 BENCHMARKS = {
     "latency": _Benchmark(LatencyOptions, "decode step, time to first token, prefill", _load_latency),
     "throughput": _Benchmark(ThroughputOptions, "tokens/s of many requests at once", _load_throughput),
     "startup": _Benchmark(StartupOptions, "start to ready, cold and warm caches", _load_startup),
+    "fit": _Benchmark(FitOptions, "single passes, as the cost model of `minivllm simulate`", _load_fit),
 }
 
 
