@@ -1,6 +1,6 @@
 """`minivllm bench fit`: times single passes of the real engine core and fits the simulator's cost model to them.
 
-decode   n requests decode together, with short and with long contexts     → base(rows), per_context_token
+decode   n requests decode together, with mixed and with long contexts     → base(rows), per_context_token
 prefill  one prompt, several in one pass, and one cut into many chunks      → base(tokens), per_row, per_pair
 
 Both models are linear in what is unknown (a table is a weighted sum of its points), so one least-squares solution of
@@ -26,6 +26,8 @@ from minivllm.bench.offline.passes import PassTimer, TimedDecode, TimedPrefill
 from minivllm.bench.offline.shapes import model_name
 from minivllm.bench.offline.watch import Watch
 from minivllm.simulate.cost_model import CostModel, Curve, causal_pairs
+
+_MAX_LONG_ROWS = 8  # enough to see what context costs, and prompts are slow on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +70,28 @@ def measure_fit(options: FitOptions, directory: Path, watch: Watch) -> FitReport
     """Raises `StartupError`."""
     engine = EngineCore(options, directory, watch.say)
     timer = PassTimer(engine, options.repeats, options.num_decode_steps)
-    shapes = [(rows, length) for length in options.context_lens for rows in options.batch_sizes]
+    groups = decode_groups(options)
     largest = options.prefill_sizes[-1]
     prompts = [[size] for size in options.prefill_sizes]
     prompts += [[max(1, largest // 16)] * 16, [max(1, largest // 4)] * 4, [options.chunked_prompt_len]]
-    watch.plan(len(shapes) + len(prompts) + 1)
+    watch.plan(len(groups) + len(prompts) + 1)
     watch.run("warm-up", lambda: timer.prefill([largest]))
     prefills = [
         watch.run(f"prefill of {len(prompt)} × {prompt[0]}", partial(timer.prefill, prompt)) for prompt in prompts
     ]
-    decodes = [watch.run(f"decode of {rows} × {n}", partial(timer.decode, rows, n)) for rows, n in shapes]
+    decodes = [watch.run(f"decode of {len(group)}", partial(timer.decode, group)) for group in groups]
     engine.check_integrity()
     return _report(options, engine, decodes, prefills)
+
+
+def decode_groups(options: FitOptions) -> list[list[int]]:
+    """Prompt lengths of requests that decode together: mixed ones for every batch size, all long ones for the small.
+
+    Mixed, because requests of different lengths take longer than equal ones: on a CPU they attend in several groups.
+    """
+    short, long = options.context_lens
+    mixed = [np.linspace(short, long, rows + 2)[1:-1].astype(int).tolist() for rows in options.batch_sizes]
+    return [*mixed, *([long] * rows for rows in options.batch_sizes if rows <= _MAX_LONG_ROWS)]
 
 
 def _report(

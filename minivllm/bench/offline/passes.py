@@ -54,19 +54,25 @@ class PassTimer:
         self._source = random.Random(0)
         self._num_requests = 0
 
-    def decode(self, num_rows: int, prompt_len: int) -> TimedDecode:
+    def decode(self, prompt_lens: Sequence[int]) -> TimedDecode:
         """The median of `num_steps` steps. Raises `StartupError` when so many requests do not fit."""
-        num_tokens = _NUM_WARM_STEPS + self._num_steps + 2
-        self._add([prompt_len] * num_rows, num_tokens)
-        while len(self._engine.scheduler.decode_queue) < num_rows:
-            if not self._engine.step() and not self._engine.scheduler.prefill_queue:
-                raise StartupError(f"{num_rows} requests of {prompt_len} + {num_tokens} tokens do not run together")
+        # The first ones decode while the last ones prefill, so all ask for more than is timed.
+        num_rows = len(prompt_lens)
+        request_ids = self._add(prompt_lens, num_rows + _NUM_WARM_STEPS + self._num_steps + 2)
+        scheduler = self._engine.scheduler
+        while len(scheduler.decode_queue) < num_rows:
+            self._engine.step()
+            if scheduler.num_preemptions or len(scheduler.decode_queue) + len(scheduler.prefill_queue) < num_rows:
+                raise StartupError(f"{num_rows} requests of up to {max(prompt_lens)} tokens do not run together")
         for _ in range(_NUM_WARM_STEPS):
             self._engine.step()
-        times = [self._step_seconds() for _ in range(self._num_steps)]
+        times, contexts = [], []
+        for _ in range(self._num_steps):
+            contexts.append(sum(request.num_computed_tokens + 1 for request in scheduler.decode_queue))
+            times.append(self._step_seconds())
+        self._engine.abort(request_ids)
         self._drain()
-        mean_len = prompt_len + 1 + _NUM_WARM_STEPS + self._num_steps // 2
-        return TimedDecode(num_rows, num_rows * mean_len, statistics.median(times))
+        return TimedDecode(num_rows, statistics.median_low(contexts), statistics.median(times))
 
     def prefill(self, prompt_lens: Sequence[int]) -> TimedPrefill:
         """The median of `repeats` runs. Raises `StartupError` when a prompt does not fit."""
@@ -81,15 +87,18 @@ class PassTimer:
             seconds = time.perf_counter() - start
         return TimedPrefill(tuple(PassShape(tuple(zip(b.starts, b.counts, strict=True))) for b in batches), seconds)
 
-    def _add(self, prompt_lens: Sequence[int], max_tokens: int) -> None:
+    def _add(self, prompt_lens: Sequence[int], max_tokens: int) -> list[str]:
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens)
+        request_ids = []
         for length in prompt_lens:
             self._num_requests += 1
+            request_ids.append(f"pass-{self._num_requests}")
             prompt = self._source.choices(range(self._engine.model.vocab_size), k=length)
             try:
-                self._engine.add_request(f"pass-{self._num_requests}", prompt, params)
+                self._engine.add_request(request_ids[-1], prompt, params)
             except InvalidRequestError as error:
                 raise StartupError(f"a prompt of {length} tokens: {error}") from error
+        return request_ids
 
     def _step_seconds(self) -> float:
         start = time.perf_counter()
