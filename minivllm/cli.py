@@ -81,7 +81,7 @@ def simulate(arguments: Sequence[str], prog: str) -> int:
 
 def replay(arguments: Sequence[str], prog: str) -> int:
     """Run a decision log again and compare."""
-    from minivllm.replay import main
+    from minivllm.simulate.replay import main
 
     return main(arguments, prog)
 

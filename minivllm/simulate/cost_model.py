@@ -80,6 +80,12 @@ class CostModel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     depth: int = 0  # passes in flight between two steps
     mean_error: float = 0.0  # of the fit: mean of |fitted - measured| / measured
 
+    def __post_init__(self) -> None:
+        if min(self.decode_per_context_token, self.prefill_per_pair, self.prefill_per_row) < 0:
+            raise ValueError("costs must not be negative")
+        if max(*self.decode.seconds, self.decode_per_context_token) == 0 or max(self.prefill.seconds) == 0:
+            raise ValueError("a pass must take time, but decode or prefill costs nothing")
+
     def seconds(self, batch: "Batch") -> float:
         """Of one pass."""
         if batch.kind == "decode":

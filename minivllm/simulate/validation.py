@@ -21,11 +21,12 @@ from minivllm.simulate.metrics import Metrics, measure
 from minivllm.simulate.run import simulate
 from minivllm.simulate.trace import TraceShape, make_trace
 
-_MIXED = TraceShape(input_lens=(20, 200), output_lens=(32, 96))
+_MIXED = TraceShape(num_requests=24, input_lens=(20, 200), output_lens=(24, 72))
+_WARM_UP = replace(_MIXED, arrivals="at-once", output_lens=(2, 16))
 TRACES = {
-    "32 at once": replace(_MIXED, arrivals="at-once", num_requests=32, seed=1),
-    "32, Poisson, 1.5 per second": replace(_MIXED, arrivals="poisson", num_requests=32, rate=1.5, seed=2),
-    "bursts of 8, 2 per second": replace(_MIXED, arrivals="burst", num_requests=32, rate=2.0, burst_size=8, seed=3),
+    "24 at once": replace(_MIXED, arrivals="at-once", seed=1),
+    "24, Poisson, 1.5 per second": replace(_MIXED, arrivals="poisson", rate=1.5, seed=2),
+    "24, bursts of 8, 2 per second": replace(_MIXED, arrivals="burst", rate=2.0, burst_size=8, seed=3),
 }
 
 
@@ -48,9 +49,11 @@ def _validate(cost_model_path: str) -> str:
     with Progress() as progress:
         progress.update("loading the engine")
         config = EngineConfig()
-        directory = resolve_model(config)
+        engine = EngineCore(config, resolve_model(config))
+        progress.update("warming up")
+        run_trace(engine, make_trace(_WARM_UP), WallClock())
         for name, shape in TRACES.items():
-            engine = EngineCore(config, directory)
+            engine.kv.pool.reset_prefix_cache()
             progress.update(f"{name}: running")
             trace = make_trace(shape)
             real = measure(engine, run_trace(engine, trace, WallClock()))

@@ -12,28 +12,12 @@ from engine_core.scheduler import Batch
 from minivllm.cli import main
 from minivllm.errors import StartupError
 from minivllm.simulate.capacity import SLO, find_rate, num_servers
-from minivllm.simulate.cost_model import CostModel, Curve, causal_pairs, load_cost_model
+from minivllm.simulate.cost_model import Curve, causal_pairs, load_cost_model
 from minivllm.simulate.engine import Policy
 from minivllm.simulate.metrics import Latency
 from minivllm.simulate.run import Simulation, simulate
 from minivllm.simulate.trace import Arrival, TraceShape, make_trace, read_trace
-
-
-def cost_model(**changes: Any) -> CostModel:
-    """Ten milliseconds a decode step of one, one millisecond a prefill token."""
-    values: dict[str, Any] = {
-        "description": "test",
-        "decode": Curve((1, 11), (0.010, 0.020)),
-        "decode_per_context_token": 0.0,
-        "prefill": Curve((10, 20), (0.010, 0.020)),
-        "prefill_per_pair": 0.0,
-        "prefill_per_row": 0.0,
-        "num_blocks": 64,
-        "block_size": 4,
-        "max_model_len": 200,
-        "max_num_batched_tokens": 32,
-    }
-    return CostModel(**(values | changes))
+from tests.support.cost_models import cost_model
 
 
 def run(*arrivals: Arrival, policy: Policy | None = None, **changes: Any) -> Simulation:
@@ -256,6 +240,9 @@ def test_a_cost_model_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="is no cost model"):
         load_cost_model(str(path))
     content = json.loads(cost_model().as_json())
+    path.write_text(json.dumps(content | {"prefill": {"sizes": [1], "seconds": [0.0]}}))
+    with pytest.raises(StartupError, match="costs nothing"):
+        load_cost_model(str(path))
     content["decode"]["sizes"] = [11, 1]
     path.write_text(json.dumps(content))
     with pytest.raises(StartupError, match="sizes of a curve must ascend"):

@@ -8,8 +8,8 @@ import pytest
 from engine_core.decision_log import Abort, Entry, Fail, Launch, Tokens
 from minivllm.cli import main
 from minivllm.errors import StartupError
-from minivllm.replay import ReplayError, replay
 from minivllm.sampling_params import SamplingParams
+from minivllm.simulate.replay import ReplayError, replay
 from tests.support.engines import Result, assert_idle, run_to_end, step_once
 from tests.support.fake_runner import make_fake_engine
 
