@@ -44,10 +44,10 @@ def run(bench: Workbench) -> Findings:
         ("weights", f"{weights / 1e6:,.1f} MB"),
         (f"{num_requests} requests of {prompt_len} tokens", f"{used / 1e6:,.2f} MB"),
         ("one request of 1,024 tokens", f"{1024 * per_token / 1e6:,.1f} MB"),
-        ("tokens whose K/V weigh as much as the weights", f"{weights / per_token:,.0f}"),
+        ("tokens whose K/V weigh as much as the weights", f"{int(weights / per_token):,}"),
     ]
     return Findings(
-        number=f"A token costs {per_token:,.0f} bytes of KV cache; {weights / per_token:,.0f} tokens weigh as "
+        number=f"A token costs {per_token:,.0f} bytes of KV cache; {int(weights / per_token):,} tokens weigh as "
         f"much as the model ({weights / 1e6:,.0f} MB).",
         broken=f"with blocks of {size} tokens the same {num_requests} requests hold {wasted / 1e6:,.1f} MB instead of "
         f"{used / 1e6:,.1f} MB, {wasted / used:.1f} times as much: each holds whole blocks.",

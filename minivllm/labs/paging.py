@@ -91,9 +91,11 @@ def _table(found: Sequence[Paged]) -> Rows:
 
 def _draw(found: Sequence[Paged]) -> "Figure":
     figure, (top, bottom) = new_figure(2, height=2.6)
-    names = [f"{each.block_size}" for each in found]
-    top.bar(names, [100 * each.waste for each in found], color=COLORS[1])
+    places, names = range(len(found)), [f"{each.block_size:,}" for each in found]
+    top.bar(places, [100 * each.waste for each in found], color=COLORS[1])
     top.set(ylabel="wasted, %", title=f"Memory given out that holds nothing ({found[-1].block_size}: contiguous slots)")
-    bottom.bar(names, [each.mean_running for each in found], color=COLORS[0])
+    bottom.bar(places, [each.mean_running for each in found], color=COLORS[0])
     bottom.set(ylabel="requests at once", xlabel="tokens in a block")
+    for axes in (top, bottom):
+        axes.set_xticks(places, names)
     return figure
