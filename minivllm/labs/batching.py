@@ -33,7 +33,7 @@ class Schedule:
 
 def run(bench: Workbench) -> Findings:
     """All ways on the same prompts and output lengths."""
-    width, num_requests, longest = bench.pick((8, 16, 64), (2, 4, 12))
+    width, num_requests, longest = bench.pick((8, 16, 48), (2, 4, 12))
     output_lens = [bench.source.randint(longest // 8, longest) for _ in range(num_requests)]
     trace = bench.at_once(output_lens, _PROMPT_LEN)
     bench.watch.plan(4)
