@@ -139,8 +139,12 @@ class DecisionLog:
         self.write(Step())
         self._file.flush()
 
+    def tokens(self, token_ids: list[int]) -> None:
+        """The oldest pass in flight brought these."""
+        self.write(Tokens(token_ids))
+
     def recorded(self, runner: Runner) -> "RecordedRunner":
-        """`runner`, with everything that passes through it written down."""
+        """`runner`, with every launch written down."""
         return RecordedRunner(runner, self, self._block_size)
 
     def write(self, entry: Entry) -> None:
@@ -154,28 +158,17 @@ class DecisionLog:
 
 @dataclass(slots=True)
 class RecordedRunner:
-    """Writes down batches before `runner` gets them, and tokens and failures when they come."""
+    """Writes down batches before `runner` gets them, and its failures."""
 
     runner: Runner
     log: DecisionLog
     block_size: int
 
-    def launch(self, batch: Batch) -> "_RecordedTokens":
+    def launch(self, batch: Batch) -> LaunchedTokens:
         """See `Runner`."""
         self.log.write(Launch.of(batch, self.block_size))
         try:
-            return _RecordedTokens(self.runner.launch(batch), self.log)
+            return self.runner.launch(batch)
         except Exception as error:
             self.log.write(Fail(type(error).__name__, str(error)))
             raise
-
-
-@dataclass(slots=True)
-class _RecordedTokens:
-    tokens: LaunchedTokens
-    log: DecisionLog
-
-    def collect(self) -> list[int]:
-        token_ids = self.tokens.collect()
-        self.log.write(Tokens(token_ids))
-        return token_ids

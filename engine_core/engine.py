@@ -192,6 +192,8 @@ class EngineCore:
     def _collect(self) -> list[RequestOutput]:
         launched = self._in_flight.popleft()
         tokens = launched.tokens.collect()
+        if self.decision_log is not None:
+            self.decision_log.tokens(tokens)
         outputs = self._update(launched.batch, tokens)
         if launched.batch.with_logprobs or launched.batch.prompt_spans:
             self._add_logprobs(outputs, launched)

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 
@@ -15,7 +15,6 @@ from frontend import sse
 from frontend.detokenizer import IncrementalDetokenizer
 from frontend.output_stream import OutputStream
 from frontend.tokenizer import Tokenizer
-from minivllm.bench.client import Measured, measure
 from minivllm.bench.offline.machine import this_machine
 from minivllm.errors import StartupError
 from minivllm.labs.findings import Findings, Rows
@@ -33,9 +32,9 @@ _STEP_SECONDS = re.compile(r'^minivllm:step_seconds_(sum|count)\{.*kind="decode"
 
 
 class Served(NamedTuple):
-    """One streamed request and the same one whole. Seconds."""
+    """One streamed request (the arrival of each token) and the same one whole. Seconds since it was sent."""
 
-    streamed: Measured
+    streamed: list[float]
     whole: float
     decode_pass: float
 
@@ -46,11 +45,10 @@ def run(bench: Workbench) -> Findings:
     bench.watch.plan(2)
     served = bench.watch.run("a server and its client", lambda: _serve(bench, num_tokens))
     parts = bench.watch.run("the parts of the way", lambda: _parts(bench))
-    itl = served.streamed.inter_token_latencies
-    mean = sum(itl) / len(itl)
+    first, last = served.streamed[0], served.streamed[-1]
+    mean = (last - first) / (num_tokens - 1)
     parts = {"forward pass and sampling": served.decode_pass, **parts}
     parts["sockets, event loops, the rest"] = max(0.0, mean - sum(parts.values()))
-    first = served.streamed.time_to_first_token
     on_the_way = 1e6 * (mean - served.decode_pass)
     return Findings(
         number=f"A token comes every {1000 * mean:.1f} ms; {1000 * served.decode_pass:.1f} ms of it are the forward "
@@ -73,15 +71,31 @@ def _serve(bench: Workbench, num_tokens: int) -> Served:
 
 async def _request(url: str, num_tokens: int) -> Served:
     async with httpx.AsyncClient(base_url=url, timeout=300.0) as http:
-        await measure(http, [7] * 16, 4, lambda count: None)  # warms up
+        await _stream(http, 7, 4)  # warms up
         before = await _decode_seconds(http)
-        streamed = await measure(http, [8] * 16, num_tokens, lambda count: None)
+        streamed = await _stream(http, 8, num_tokens)
         after = await _decode_seconds(http)
         start = time.perf_counter()
-        body = {"prompt": [9] * 16, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "stream": False}
-        (await http.post("/generate", json=body)).raise_for_status()
+        (await http.post("/generate", json=_body(9, num_tokens) | {"stream": False})).raise_for_status()
         whole = time.perf_counter() - start
     return Served(streamed, whole, (after[0] - before[0]) / max(1.0, after[1] - before[1]))
+
+
+def _body(token_id: int, num_tokens: int) -> dict[str, Any]:
+    return {"prompt": [token_id] * 16, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+
+
+async def _stream(http: httpx.AsyncClient, token_id: int, num_tokens: int) -> list[float]:
+    """When each token arrived, in seconds since the request was sent. Raises `StartupError` when some are missing."""
+    start, times, line = time.perf_counter(), list[float](), ""
+    async with http.stream("POST", "/generate", json=_body(token_id, num_tokens)) as response:
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                times += [time.perf_counter() - start] * len(event.get("token_ids", ()))
+    if len(times) != num_tokens:
+        raise StartupError(f"a request for {num_tokens} tokens brought {len(times)}: {line}")
+    return times
 
 
 async def _decode_seconds(http: httpx.AsyncClient) -> tuple[float, float]:
@@ -119,32 +133,31 @@ def _part_table(parts: dict[str, float], mean: float) -> Rows:
     return Rows("One token's way", ("part", "µs", "% of the time between tokens"), rows)
 
 
-def _buffer_table(streamed: Measured) -> Rows:
+def _buffer_table(streamed: Sequence[float]) -> Rows:
     rows = []
-    for size in (1, 4, 16, streamed.num_tokens):
+    for size in (1, 4, 16, len(streamed)):
         shown = buffered(streamed, size)
         gaps = [after - before for before, after in itertools.pairwise(shown)]
         rows.append((str(size), f"{shown[0]:.2f}", f"{max(gaps, default=0.0):.2f}"))
     return Rows("Had somebody on the way buffered", ("tokens together", "first text, s", "longest silence, s"), rows)
 
 
-def buffered(streamed: Measured, size: int) -> list[float]:
+def buffered(streamed: Sequence[float], size: int) -> list[float]:
     """When text would appear, in seconds from the start, if tokens were passed on `size` at a time."""
-    times = [when - streamed.start for when, count in streamed.tokens for _ in range(count)]
-    ends = [*range(size - 1, len(times), size)]
-    if not ends or ends[-1] != len(times) - 1:
-        ends.append(len(times) - 1)
-    return [times[index] for index in ends]
+    ends = [*range(size - 1, len(streamed), size)]
+    if not ends or ends[-1] != len(streamed) - 1:
+        ends.append(len(streamed) - 1)
+    return [streamed[index] for index in ends]
 
 
-def _draw(parts: dict[str, float], streamed: Measured) -> "Figure":
+def _draw(parts: dict[str, float], streamed: Sequence[float]) -> "Figure":
     figure, (top, bottom) = new_figure(2, height=2.6)
     names = list(parts)[::-1]
     top.barh(names, [max(1e6 * parts[name], 0.1) for name in names], color=COLORS[0])
     top.set(xscale="log", xlabel="µs per token", title="Where a token's time goes")
-    for size, color in zip((1, 16, streamed.num_tokens), COLORS, strict=False):
+    for size, color in zip((1, 16, len(streamed)), COLORS, strict=False):
         shown = buffered(streamed, size)
-        counts: Sequence[int] = [min(size * (index + 1), streamed.num_tokens) for index in range(len(shown))]
+        counts: Sequence[int] = [min(size * (index + 1), len(streamed)) for index in range(len(shown))]
         label = "streamed" if size == 1 else f"{size} tokens together"
         bottom.step([0.0, *shown], [0, *counts], where="post", color=color, label=label)
     bottom.set(xlabel="seconds", ylabel="tokens on the screen", title="What buffering would do")
