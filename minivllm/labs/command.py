@@ -38,7 +38,8 @@ def _run(lab: Lab, options: LabOptions) -> None:
     with Watch() as watch:
         bench = Workbench(options, watch)
         findings = lab.run(bench)
-    sheet = write_sheet(lab, findings, f"{bench.machine}, {options.model}", options.out)
+    command = f"minivllm lab {lab.name}{' --quick' if options.quick else ''}"
+    sheet = write_sheet(lab, findings, f"`{command}` on {bench.machine or 'any machine'}, {options.model}", options.out)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     print_findings(findings, console)
     console.print(f"The sheet is {sheet}")

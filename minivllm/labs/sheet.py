@@ -24,12 +24,12 @@ def code_reference(code: Callable[..., Any] | type) -> tuple[str, str]:
     return target.__qualname__, f"{file}:{first}-{first + len(lines) - 1}"
 
 
-def write_sheet(lab: Lab, findings: Findings, machine: str, directory: Path) -> Path:
+def write_sheet(lab: Lab, findings: Findings, made_by: str, directory: Path) -> Path:
     """Write NAME.md and NAME.svg into `directory`; the path of the sheet. Raises `StartupError`."""
     sheet, picture = directory / f"{lab.name}.md", directory / f"{lab.name}.svg"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        sheet.write_text(_markdown(lab, findings, machine, picture.name), encoding="utf-8")
+        sheet.write_text(_markdown(lab, findings, made_by, picture.name), encoding="utf-8")
     except OSError as error:
         raise StartupError(f"--out {directory}: {error.strerror}") from error
     save_figure(findings.figure, picture)
@@ -54,7 +54,7 @@ def print_findings(findings: Findings, console: Console) -> None:
         console.print(f"  {name}  {place}")
 
 
-def _markdown(lab: Lab, findings: Findings, machine: str, picture: str) -> str:
+def _markdown(lab: Lab, findings: Findings, made_by: str, picture: str) -> str:
     parts = [
         f"# Lab: {lab.title}",
         lab.idea,
@@ -65,7 +65,7 @@ def _markdown(lab: Lab, findings: Findings, machine: str, picture: str) -> str:
         *findings.notes,
         "The code that does it:",
         "\n".join(f"- `{name}` in {place}" for name, place in map(code_reference, findings.code)),
-        f"Made by `minivllm lab {lab.name}` on {machine}.",
+        f"Made by {made_by}.",
     ]
     return "\n\n".join(parts) + "\n"
 
