@@ -38,6 +38,20 @@ class LaunchedTokens(Protocol):
         """After `collect`: log-probabilities of the prompt tokens of `Batch.prompt_spans`."""
 
 
+class ModelFreeTokens:
+    """Base for launched passes of a device that has no model, and so no probabilities."""
+
+    __slots__ = ()
+
+    def read_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
+        """None."""
+        return {}
+
+    def read_prompt_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
+        """None."""
+        return {}
+
+
 class Runner(Protocol):
     """Runs the scheduler's batches; see `ModelRunner`."""
 

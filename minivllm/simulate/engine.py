@@ -7,7 +7,7 @@ device  [ pass N  base + context … ][ pass N+1 ]      one pass after the other
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine_core.device import Device, Report, model_free_device
+from engine_core.device import Device, ModelFreeTokens, Report, model_free_device
 from engine_core.engine import EngineCore
 from engine_core.scheduler import Batch
 from minivllm.config import EngineConfig
@@ -30,7 +30,7 @@ class VirtualClock:
 
 
 @dataclass(slots=True)
-class _Pass:
+class _Pass(ModelFreeTokens):
     clock: VirtualClock
     end: float
     num_sampled: int

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from engine_core.decision_log import VERSION, Abort, Add, Engine, Entry, Fail, Launch, Step, Tokens
-from engine_core.device import Device, Report, model_free_device
+from engine_core.device import Device, ModelFreeTokens, Report, model_free_device
 from engine_core.engine import EngineCore
 from engine_core.scheduler import Batch
 from minivllm.config import EngineConfig
@@ -158,7 +158,7 @@ class _ReplayRunner:
 
 
 @dataclass(slots=True)
-class _ReplayedTokens:
+class _ReplayedTokens(ModelFreeTokens):
     runner: _ReplayRunner
     num_sampled: int
 

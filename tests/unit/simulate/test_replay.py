@@ -25,7 +25,7 @@ def record(path: Path, depth: int, fail: bool = False) -> None:
         max_num_batched_tokens=6,
     )
     for index in range(7):
-        params = SamplingParams(max_tokens=12 + index, stop_token_ids=(2,) if index == 3 else ())
+        params = SamplingParams(max_tokens=12 + index, stop_token_ids=(2,) if index == 3 else (), logprobs=index % 2)
         engine.add_request(f"r{index}", [1, 2, 3, 4, index % 5][: 3 + index % 3], params)
     results: dict[str, Result] = {}
     for _ in range(5):
