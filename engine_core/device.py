@@ -38,11 +38,38 @@ class LaunchedTokens(Protocol):
         """After `collect`: log-probabilities of the prompt tokens of `Batch.prompt_spans`."""
 
 
+class ModelFreeTokens:
+    """Base for launched passes of a device that has no model, and so no probabilities."""
+
+    __slots__ = ()
+
+    def read_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
+        """None."""
+        return {}
+
+    def read_prompt_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
+        """None."""
+        return {}
+
+
 class Runner(Protocol):
     """Runs the scheduler's batches; see `ModelRunner`."""
 
     def launch(self, batch: Batch) -> LaunchedTokens:
         """Start `batch` and return without waiting for it. Raises when the device has no memory for it."""
+
+
+@dataclass(slots=True)
+class WatchedRunner:
+    """Tells `on_launch` of every batch before `runner` gets it."""
+
+    runner: Runner
+    on_launch: Callable[[Batch], None]
+
+    def launch(self, batch: Batch) -> LaunchedTokens:
+        """See `Runner`."""
+        self.on_launch(batch)
+        return self.runner.launch(batch)
 
 
 @dataclass(slots=True)

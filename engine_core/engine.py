@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from engine_core.admission import Admission
-from engine_core.device import Device, LaunchedTokens, Report, load_device
+from engine_core.decision_log import DecisionLog
+from engine_core.device import Device, LaunchedTokens, Report, Runner, load_device
 from engine_core.kv_cache_manager import KVCacheManager
 from engine_core.request import Request
 from engine_core.scheduler import Batch, Scheduler
@@ -59,12 +60,16 @@ class EngineCore:
         """Load the model in `directory`; `load` brings another device, `clock` another time. Raises `StartupError`."""
         self.config = config
         device = load(config, directory, report)
-        self.model, self.kv_pool, self.runner = device.model, device.kv_pool, device.runner
+        self.model, self.kv_pool = device.model, device.kv_pool
+        self.runner: Runner = device.runner
         self.max_model_len, self.max_num_batched_tokens = device.max_model_len, device.max_num_batched_tokens
         self.admission = Admission(self.model.vocab_size, self.max_model_len, self.model.eos_token_ids, clock)
         self.kv = KVCacheManager(self.kv_pool.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.kv, config.max_num_seqs, self.max_num_batched_tokens)
         self.counters = EngineCounters(clock)
+        self.decision_log = DecisionLog(config.record, config, device) if config.record else None
+        if self.decision_log is not None:
+            self.runner = self.decision_log.recorded(device.runner)
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[_Launched] = deque()
@@ -90,9 +95,13 @@ class EngineCore:
         self._requests[request_id] = request
         self.counters.num_submitted += 1
         self.scheduler.add(request)
+        if self.decision_log is not None:
+            self.decision_log.add(request)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End requests now; unknown ids (finished already) are ignored. Their end comes with the next `step()`."""
+        if self.decision_log is not None:
+            self.decision_log.abort(list(request_ids))
         for request_id in request_ids:
             request = self._requests.get(request_id)
             if request is not None:
@@ -100,6 +109,8 @@ class EngineCore:
 
     def step(self) -> list[RequestOutput]:
         """Launch the next pass and collect the oldest one in flight. Never waits longer than for one pass."""
+        if self.decision_log is not None:
+            self.decision_log.step()
         outputs, self._events = list(self._events.values()), {}
         if self._in_flight and not self.scheduler.can_run_ahead():
             outputs += self._collect()
@@ -181,6 +192,8 @@ class EngineCore:
     def _collect(self) -> list[RequestOutput]:
         launched = self._in_flight.popleft()
         tokens = launched.tokens.collect()
+        if self.decision_log is not None:
+            self.decision_log.tokens(tokens)
         outputs = self._update(launched.batch, tokens)
         if launched.batch.with_logprobs or launched.batch.prompt_spans:
             self._add_logprobs(outputs, launched)

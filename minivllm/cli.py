@@ -79,11 +79,35 @@ def chat(arguments: Sequence[str], prog: str) -> int:
     return main(arguments, prog)
 
 
+def simulate(arguments: Sequence[str], prog: str) -> int:
+    """Run the scheduler against a cost model."""
+    from minivllm.simulate.command import main
+
+    return main(arguments, prog)
+
+
+def replay(arguments: Sequence[str], prog: str) -> int:
+    """Run a decision log again and compare."""
+    from minivllm.simulate.replay import main
+
+    return main(arguments, prog)
+
+
+def lab(arguments: Sequence[str], prog: str) -> int:
+    """Run one of the labs."""
+    from minivllm.labs.command import main
+
+    return main(arguments, prog)
+
+
 COMMANDS = {
     "serve": Command(serve, "serve a model over HTTP"),
     "chat": Command(chat, "talk to a server in the terminal"),
     "pull": Command(pull, "fetch a model ahead of time"),
     "bench": Command(bench, "measure a server, a frontend or the engine"),
+    "simulate": Command(simulate, "run the real scheduler against a cost model, and plan capacity"),
+    "replay": Command(replay, "run the decisions of `serve --record FILE` again, without the model"),
+    "lab": Command(lab, "see one idea of the engine work: a number, a picture, the code"),
 }
 
 

@@ -55,6 +55,9 @@ class EngineConfig(ModelConfig):
     enable_prefix_caching: bool = Field(True, description="reuse the KV cache of equal prompt prefixes")
     seed: int = Field(0, description="seed of dummy weights")
     enforce_eager: bool = Field(False, description="no compilation and no CUDA graphs")
+    record: Path | None = Field(
+        None, description="write every scheduling decision there, with token ids, for `minivllm replay`"
+    )
     log_step_composition: bool = Field(False, description="log the batch of every step")
 
 

@@ -72,7 +72,7 @@ class _Parser(argparse.ArgumentParser):
 def _make_parser(kind: type[Options], prog: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
-        usage=f"{prog} [MODEL] [options]",
+        usage=f"{prog} {'[MODEL] ' if 'model' in kind.model_fields else ''}[options]",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=120),

@@ -46,6 +46,7 @@ BENCHMARKS = {
     "latency": _Benchmark(_offline, "engine in this process: decode step, time to first token, prefill"),
     "throughput": _Benchmark(_offline, "engine in this process: tokens/s of many requests at once"),
     "startup": _Benchmark(_offline, "start to ready, cold and warm caches"),
+    "fit": _Benchmark(_offline, "single passes of the engine, as the cost model of `minivllm simulate`"),
 }
 
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from engine_core.device import Device, model_free_device
+from engine_core.device import Device, ModelFreeTokens, model_free_device
 from engine_core.engine import EngineCore
 from engine_core.kv_pool import KVLayout, choose_num_blocks
 from engine_core.request import Request
 from engine_core.scheduler import Batch
 from minivllm.config import EngineConfig
-from minivllm.protocol import Logprobs
 
 VOCAB_SIZE = 5
 
@@ -56,18 +55,12 @@ class _Chunk:
 
 
 @dataclass(slots=True)
-class _Pass:
+class _Pass(ModelFreeTokens):
     device: "FakeRunner"
     chunks: list[_Chunk]
 
     def collect(self) -> list[int]:
         return self.device.run(self)
-
-    def read_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
-        return {}
-
-    def read_prompt_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
-        return {}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`minivllm bench latency|throughput|startup`: reads the options, measures, prints a table, writes JSON."""
+"""`minivllm bench latency|throughput|startup|fit`: reads the options, measures, prints a table, writes JSON."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from minivllm.bench.offline.options import BenchOptions, LatencyOptions, StartupOptions, ThroughputOptions
+from minivllm.bench.offline.options import (
+    BenchOptions,
+    FitOptions,
+    LatencyOptions,
+    StartupOptions,
+    ThroughputOptions,
+)
 from minivllm.bench.output_file import check_output_file, write_json
 from minivllm.errors import MiniVLLMError, StartupError
 from minivllm.logs import setup_logging
@@ -66,8 +72,15 @@ def _load_startup() -> Callable[..., Any]:
     return measure_startup
 
 
+def _load_fit() -> Callable[..., Any]:
+    from minivllm.bench.offline.fit import measure_fit
+
+    return measure_fit
+
+
 BENCHMARKS = {
     "latency": _Benchmark(LatencyOptions, _load_latency),
     "throughput": _Benchmark(ThroughputOptions, _load_throughput),
     "startup": _Benchmark(StartupOptions, _load_startup),
+    "fit": _Benchmark(FitOptions, _load_fit),
 }

@@ -90,3 +90,25 @@ class StartupOptions(BenchOptions):
     """`minivllm bench startup`."""
 
     repeats: Positive = Field(1, description="measurements of each number; the median is shown")
+
+
+class FitOptions(BenchOptions):
+    """`minivllm bench fit`."""
+
+    batch_sizes: _Counts = Field((1, 2, 4, 8, 16, 32), description="requests that decode together")
+    context_lens: _Range = Field((16, 256), description="shortest and longest prompt of decoding requests, in tokens")
+    prefill_sizes: _Counts = Field(
+        (8, 16, 32, 64, 128, 256, 512), description="tokens of a prefill pass; at most --max-num-batched-tokens"
+    )
+    chunked_prompt_len: Positive = Field(2048, description="tokens of a prompt that takes many passes")
+    num_decode_steps: Positive = Field(12, description="decode steps of each measurement; their median counts")
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        for name in ("batch_sizes", "prefill_sizes"):
+            sizes = getattr(self, name)
+            if list(sizes) != sorted(set(sizes)):
+                raise ValueError(f"{name} must ascend, got {','.join(map(str, sizes))}")
+        if self.batch_sizes[-1] > self.max_num_seqs:
+            raise ValueError(f"batch_sizes up to {self.batch_sizes[-1]}, but max_num_seqs is {self.max_num_seqs}")
+        return self
