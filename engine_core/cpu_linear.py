@@ -1,13 +1,13 @@
-"""Matrix products on a CPU with weights laid out once for oneDNN, instead of at every call.
+"""The linear layers of a model on a CPU, with weights laid out once for the product in `cpu_kernels`.
 
-`F.linear` at batch 8 takes two to three times as long: it repacks the weights each time, or reads them in an order
-made for large batches. The packed copy replaces the original, so it costs no memory (tied embeddings aside).
+The packed copy replaces the original, so it costs no memory (tied embeddings aside).
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -20,21 +20,31 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight [out_features, in_features]."""
         super().__init__()
-        self.out_features = weight.shape[0]
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        from engine_core import cpu_kernels  # numba: not needed on a GPU
+
+        self.out_features, in_features = weight.shape
+        missing = -self.out_features % cpu_kernels.PANEL
+        panels = pad(weight.detach(), (0, 0, 0, missing)).view(-1, cpu_kernels.PANEL, in_features)
+        self._panels = panels.transpose(1, 2).contiguous().numpy()
+        bias = weight.new_zeros(self.out_features) if bias is None else bias.detach()
+        self._bias = pad(bias, (0, missing)).numpy()
+        self._linear = cpu_kernels.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
-        return y.view(*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y = torch.empty(rows.shape[0], self._bias.shape[0])
+        self._linear(rows.numpy(), self._panels, self._bias, y.numpy())
+        return y[:, : self.out_features].view(*x.shape[:-1], self.out_features)
 
 
 @torch.inference_mode()
 def pack_linears(model: PreTrainedModel) -> int:
     """Replace every linear of a float32 model on a CPU; returns how many. Undone when the logits would change."""
-    if model.device.type != "cpu" or model.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    if model.device.type != "cpu" or model.dtype != torch.float32:
         return 0
+    from engine_core import cpu_kernels
+
+    cpu_kernels.set_num_threads(torch.get_num_threads())
     before = _logits(model)
     originals: list[tuple[nn.Module, str, Any]] = [
         (parent, name, child)

@@ -49,6 +49,19 @@ def test_only_projections_called_in_turn_are_fused(
     assert _called_in_turn(calls, linears) == in_turn
 
 
+@pytest.mark.parametrize(("out_features", "in_features"), [(960, 576), (100, 64), (33, 7), (1, 3)])
+def test_a_packed_product_does_not_depend_on_the_number_of_rows(out_features: int, in_features: int) -> None:
+    torch.manual_seed(out_features)
+    weight, bias, x = torch.randn(out_features, in_features), torch.randn(out_features), torch.randn(23, in_features)
+    packed = PackedLinear(weight, bias)
+    with torch.inference_mode():
+        all_rows = packed(x)
+        torch.testing.assert_close(all_rows.double(), x.double() @ weight.double().T + bias, rtol=1e-5, atol=1e-4)
+        for num_rows in range(1, 23):
+            assert torch.equal(packed(x[:num_rows]), all_rows[:num_rows])
+        assert torch.equal(packed(x[None, :6].view(2, 3, -1)).view(6, -1), all_rows[:6])
+
+
 @pytest.mark.parametrize("kind", sorted(TINY_MODELS))
 def test_packing_replaces_every_linear_and_no_logits(kind: str) -> None:
     model = make_tiny_model(TINY_MODELS[kind]())
