@@ -99,10 +99,11 @@ def test_echoed_log_probabilities_are_those_of_hugging_face(client: openai.OpenA
     assert logprobs is not None
     assert logprobs.token_logprobs is not None
     assert logprobs.top_logprobs is not None
-    assert len(logprobs.token_logprobs) == len(ids) + 1
-    assert logprobs.token_logprobs[0] is None
+    token_logprobs: list[float | None] = list(logprobs.token_logprobs)
+    assert len(token_logprobs) == len(ids) + 1
+    assert token_logprobs[0] is None
     for place, token in enumerate(ids[1:]):
-        logprob = logprobs.token_logprobs[place + 1]
+        logprob = token_logprobs[place + 1]
         assert logprob == pytest.approx(expected[place, token].item(), abs=1e-3)
         is_greedy = expected[place].argmax().item() == token
         assert (logprob == max(logprobs.top_logprobs[place + 1].values())) == is_greedy

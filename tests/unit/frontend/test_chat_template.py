@@ -87,10 +87,10 @@ def theirs() -> Callable[..., str]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(), **SPECIAL_TOKENS)
 
     def render(template: str, chat: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        text: str = tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             chat, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-        return text
+        return str(text)
 
     return render
 
