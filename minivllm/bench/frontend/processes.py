@@ -43,8 +43,8 @@ def running(options: FrontendBenchOptions, tokenizer_dir: str, vocab_size: int) 
         stack.callback(remove_socket_dir, socket_dir)
         pace = ("--vocab-size", str(vocab_size), "--tokens-per-second", str(options.tokens_per_second))
         engine = _start(stack, (*_STUB_ENGINE, str(socket_dir), *pace, "--hold", str(options.streams)))
-        command = (*launch.FRONTEND_COMMAND, tokenizer_dir, "--socket-dir", str(socket_dir))
-        command += ("--served-model-name", MODEL_NAME)
+        options_of_frontend = ("--socket-dir", str(socket_dir), "--served-model-name", MODEL_NAME)
+        command = (*launch.FRONTEND_COMMAND, tokenizer_dir, *options_of_frontend)
         frontends = [_start(stack, command, listener.fileno()) for listener in listeners]
         for frontend in frontends:
             _wait_until_ready(frontend)

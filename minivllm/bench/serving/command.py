@@ -16,11 +16,12 @@ from minivllm.bench.serving.arrivals import arrival_offsets
 from minivllm.bench.serving.datasets import RandomPrompts
 from minivllm.bench.serving.generator import LoadError, LoadGenerator, default_num_processes
 from minivllm.bench.serving.options import Point, ServeBenchOptions
-from minivllm.bench.serving.plot import draw, load_figure
+from minivllm.bench.serving.plot import draw
 from minivllm.bench.serving.report import render
 from minivllm.bench.serving.summary import Summary, summarize
 from minivllm.bench.serving.target import Target
 from minivllm.options import load_options
+from minivllm.plots import require_matplotlib
 
 _WARMUP = {"input_len": 32, "output_len": 16}
 _LOOKUP_SECONDS = 30.0
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
     check_output_file("json", options.json_)
     check_output_file("plot", options.plot)
     if options.plot is not None:
-        load_figure()  # before the measurement, not after it
+        require_matplotlib()  # before the measurement, not after it
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the load processes end with it
     console = Console(stderr=True)
     try:
