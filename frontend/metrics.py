@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from frontend.engine_client import LiveRequest
 from frontend.engine_metrics import EngineCollector
+from frontend.live_request import LiveRequest
 from minivllm.protocol import Finished
 
 ENGINE = "0"  # label `engine`: there is one engine core
@@ -64,6 +64,10 @@ class FrontendMetrics:
             request.first_token_time = now
             self._first_token.observe(now - request.arrival_time)
         request.last_token_time = now
+
+    def on_resumed(self, request: LiveRequest) -> None:
+        """`request` was submitted again, to continue after its last token."""
+        self._resumed.inc()
 
     def on_finished(self, request: LiveRequest, finished: Finished, now: float) -> None:
         """`request` ended at `now`. Times measured by the engine core exist where it said how the request ended."""
