@@ -12,6 +12,7 @@ from pathlib import Path
 from minivllm import transport
 from minivllm.config import EngineConfig, ServeConfig
 from minivllm.control import ControlChannel
+from minivllm.diagnostics import Watchdog, dump_stacks_on_signal
 from minivllm.errors import StartupError
 from minivllm.logs import setup_logging
 from minivllm.options import load_config
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run until SIGTERM, SIGINT or the launcher's death. Returns the exit code: 0 clean, 1 failure."""
     config = load_config(sys.argv[1:] if argv is None else argv, "python -m engine_core")
     setup_logging("EngineCore", config.log_format)
+    dump_stacks_on_signal()
     control = ControlChannel.inherit()
     try:
         _serve(config, control)
@@ -45,13 +47,30 @@ def _serve(config: ServeConfig, control: ControlChannel) -> None:
     # OpenMP reads it when torch loads it. Threads that spin while they wait for each other made a step 25 times
     # slower beside one other busy process; asleep, they cost a third of the speed when alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    import torch
+
     from engine_core.engine import EngineCore  # seconds of imports: only now that a dead launcher is noticed
     from engine_core.server import EngineServer
     from engine_core.stats import StatsLine
     from minivllm.model_store import resolve_model
 
-    server = EngineServer(endpoints, stats_line=None if config.disable_log_stats else StatsLine())
+    watchdog = Watchdog(config.step_timeout)
+
+    def on_heartbeat() -> None:
+        watchdog.reset()
+        control.beat()
+
+    server = EngineServer(
+        endpoints,
+        lease_seconds=config.frontend_lease,
+        heartbeat_seconds=config.heartbeat_seconds,
+        stats_line=None if config.disable_log_stats else StatsLine(),
+        on_heartbeat=on_heartbeat,
+        check_integrity=config.enable_debug,
+        faults=config.faults,
+    )
     server.bind()
+    dump_stacks_on_signal(server.dump_state)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     try:
@@ -66,7 +85,13 @@ def _serve(config: ServeConfig, control: ControlChannel) -> None:
         facts.device, facts.dtype, facts.num_blocks, facts.block_size, facts.max_model_len, socket_dir,
     )  # fmt: skip
     control.report("ready", pid=facts.pid, num_blocks=facts.num_blocks, max_model_len=facts.max_model_len)
-    server.run(engine, facts)
+    if config.inject_faults:
+        launch = config.faults.disturb_steps(engine.runner.launch, lambda: torch.OutOfMemoryError("injected"))
+        setattr(engine.runner, "launch", launch)  # noqa: B010 - a method, as far as types are concerned
+    try:
+        server.run(engine, facts)
+    finally:
+        watchdog.stop()
 
 
 def engine_config(config: ServeConfig) -> EngineConfig:

@@ -14,6 +14,7 @@ from frontend.server import Frontend
 from frontend.tokenizer import Tokenizer
 from minivllm.config import ServeConfig
 from minivllm.control import ControlChannel
+from minivllm.diagnostics import dump_stacks_on_signal
 from minivllm.errors import StartupError
 from minivllm.listener import LISTEN_FD_VARIABLE, open_listener
 from minivllm.logs import setup_logging
@@ -25,6 +26,7 @@ def main() -> int:
     """Run to the end. Exit codes: 0 clean, 1 start-up failure, 2 bad arguments."""
     config = load_config(sys.argv[1:], "python -m frontend")
     setup_logging("Frontend", config.log_format)
+    dump_stacks_on_signal()
     control = ControlChannel.inherit()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the event loop takes over
     try:

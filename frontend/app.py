@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from frontend.choices import all_ids
+from frontend.debug import invariants
 from frontend.engine_client import EngineClient
 from frontend.generate import GenerateRenderer
 from frontend.generation import GenerationEndpoint, served_name
@@ -29,13 +30,13 @@ from frontend.request_preparation import prepare_prompts, run_for_size
 from frontend.schemas import DetokenizeRequest, GenerateRequest, TokenizeRequest
 from frontend.tokenizer import Tokenizer
 from minivllm import __version__
-from minivllm.config import FrontendConfig
+from minivllm.config import FrontendConfig, ServeConfig
 from minivllm.errors import NotReadyError
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def make_app(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer, metrics: FrontendMetrics) -> Starlette:
+def make_app(config: ServeConfig, engine: EngineClient, tokenizer: Tokenizer, metrics: FrontendMetrics) -> Starlette:
     """The application of one frontend process."""
     models, document = Models(config, engine), openapi_document()
     routes = [
@@ -52,6 +53,8 @@ def make_app(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer,
         Route("/metrics", _metrics(metrics)),
         Route("/openapi.json", _json(lambda request: document)),
     ]
+    if config.enable_debug:
+        routes.append(Route("/debug/invariants", _state(lambda: invariants(engine))))
     return Starlette(routes=routes, middleware=_middleware(config), exception_handlers=EXCEPTION_HANDLERS)
 
 
@@ -117,8 +120,7 @@ def _detokenize(config: FrontendConfig, tokenizer: Tokenizer) -> Handler:
 def _abort(engine: EngineClient) -> Handler:
     async def endpoint(request: Request) -> Response:
         request_id = request.path_params["request_id"]
-        # The request may live in another frontend: the engine core knows all ids, and its owner hears of the end.
-        if not engine.send_abort(all_ids(request_id)):
+        if not engine.abort_by_id(all_ids(request_id)):
             raise NotReadyError("the engine core is not connected")
         return JSONResponse({"request_id": request_id, "status": "abort_requested"}, status_code=202)
 
@@ -132,7 +134,7 @@ def _json(content: Callable[[Request], dict[str, Any]]) -> Handler:
     return endpoint
 
 
-def _state(check: Callable[[], tuple[int, dict[str, str]]]) -> Handler:
+def _state(check: Callable[[], tuple[int, dict[str, Any]]]) -> Handler:
     async def endpoint(request: Request) -> Response:
         status, body = check()
         return JSONResponse(body, status, headers={"Retry-After": "1"} if status == 503 else None)

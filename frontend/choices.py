@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from frontend.engine_client import EngineClient, LiveRequest
+from frontend.engine_client import EngineClient
+from frontend.live_request import LiveRequest
 from frontend.output_stream import Chunk
 from frontend.request_preparation import Prompt
 from minivllm.errors import MiniVLLMError

@@ -1,10 +1,12 @@
-"""The frontend's line to the engine core: sockets, handshake, order of messages, and whether anybody is there.
+"""The frontend's line to the engine core: sockets, sessions, liveness, and messages that arrive once and in order.
 
 frontend                          engine core
-HELLO, HELLO, … (until answered) ─▶
-                                 ◀─ READY       epoch and sequence number to count from
+HELLO, HELLO, … (until answered) ─▶             a fresh frontend id: a new session
+                                 ◀─ READY
 PING every second ───────────────▶              renews the lease of this frontend's requests
                                  ◀─ OUTPUTS, STATS, …   silence for `timeout` seconds: the engine is gone
+
+Ping and Stats carry the state of the channel, so that either side sends again what the other one lacks.
 """
 
 import asyncio
@@ -18,8 +20,23 @@ from typing import Any, Protocol
 import zmq
 
 from minivllm import protocol, transport
+from minivllm.channel import Channel
 from minivllm.errors import ProtocolError
-from minivllm.protocol import Dead, EngineFacts, EngineMessage, EngineStats, Error, Outputs, Ready, Stats
+from minivllm.faults import NO_FAULTS, Faults
+from minivllm.protocol import (
+    ChannelState,
+    Dead,
+    EngineFacts,
+    EngineMessage,
+    EngineStats,
+    Error,
+    Hello,
+    Outputs,
+    Ping,
+    Ready,
+    Released,
+    Stats,
+)
 from minivllm.transport import Endpoints
 
 logger = logging.getLogger(__name__)
@@ -31,11 +48,13 @@ MAX_FAILED_PINGS = 2  # one may fall into a reconnection
 class LinkListener(Protocol):
     """What the owner of a link is told."""
 
+    def on_ready(self) -> None: ...
+
     def on_outputs(self, message: Outputs) -> None: ...
 
     def on_refused(self, message: Error) -> None: ...
 
-    def on_gap(self, num_lost: int) -> None: ...
+    def on_released(self, message: Released) -> None: ...
 
     def on_engine_gone(self, reason: str) -> None: ...
 
@@ -50,18 +69,22 @@ class EngineLink:
     """
 
     def __init__(
-        self, endpoints: Endpoints, listener: LinkListener, ping_interval: float = 1.0, timeout: float = 30.0
+        self,
+        endpoints: Endpoints,
+        listener: LinkListener,
+        ping_interval: float = 1.0,
+        timeout: float = 30.0,
+        faults: Faults = NO_FAULTS,
     ) -> None:
         self._listener = listener
         self._ping_interval = ping_interval
         self._timeout = timeout
-        self._frontend_id = secrets.token_bytes(protocol.FRONTEND_ID_BYTES)
+        self._begin_session()
         self._context: zmq.Context[Any] = zmq.Context()
         self._input = transport.frontend_input(self._context, endpoints, self._frontend_id)
         self._output = transport.frontend_output(self._context, endpoints)
-        self._num_sent = 0
-        self._epoch: int | None = None
-        self._next_seq = 0
+        self._send_frames = faults.disturb_sends(lambda frames: self._output.send_multipart(frames, zmq.NOBLOCK))
+        self._epoch: int | None = None  # of the engine core that was ready last
         self._last_heard = 0.0
         self._num_failed_pings = 0
         self._task: asyncio.Task[None] | None = None
@@ -87,40 +110,58 @@ class EngineLink:
         self._context.term()
 
     def send(self, make_message: Callable[[bytes, int], protocol.Message]) -> bool:
-        """Send what `make_message(frontend_id, seq)` returns. False when no engine core is connected."""
-        try:
-            self._output.send(protocol.encode(make_message(self._frontend_id, self._num_sent)), zmq.NOBLOCK)
-        except zmq.Again:
+        """Send what `make_message(frontend_id, seq)` returns. True: it arrives, unless this session ends before."""
+        if self.facts is None:
             return False
-        self._num_sent += 1
+        self._transmit(self._channel.send(lambda seq: make_message(self._frontend_id, seq)))
         return True
 
-    def lose(self, reason: str) -> None:
-        """Give the engine core up, and look for another. Does nothing while there is none."""
-        if self.facts is None:
+    def lose(self, reason: str, pid: int | None = None) -> None:
+        """Give the engine core up (only if it is process `pid`, where given), and look for another."""
+        if self.facts is None or pid not in (None, self.facts.pid):
             return
         logger.error("%s", reason)
         self.facts = None
-        self._epoch = None
-        # Subscribe anew: an engine core that gave this frontend up forgot its subscription.
+        # A new id: what was said in the old session cannot be heard any more, and its requests are freed.
         self._input.unsubscribe(self._frontend_id)
+        self._begin_session()
         self._input.subscribe(self._frontend_id)
         self.gone_reason = reason
         self._listener.on_engine_gone(reason)
+
+    def _begin_session(self) -> None:
+        self._frontend_id = secrets.token_bytes(protocol.FRONTEND_ID_BYTES)
+        self._channel: Channel[Outputs | Error | Released] = Channel()
+
+    def _transmit(self, frame: bytearray) -> bool:
+        """False when no engine core is connected."""
+        try:
+            self._send_frames((frame,))
+        except zmq.Again:
+            return False
+        return True
+
+    @property
+    def channel_state(self) -> ChannelState:
+        """Of this session, in messages."""
+        return self._channel.state
 
     async def _beat(self) -> None:
         while True:
             # ZeroMQ's descriptor signals changes, not state: look once a beat, so that a missed edge cannot stall.
             self._drain()
             if self.facts is None:
-                self.send(protocol.Hello)
+                self._transmit(protocol.encode(Hello(self._frontend_id)))
             else:
-                self._ping()
+                self._check_liveness()
             self._listener.on_tick(time.monotonic())
             await asyncio.sleep(self._ping_interval if self.facts else HELLO_INTERVAL)
 
-    def _ping(self) -> None:
-        self._num_failed_pings = 0 if self.send(protocol.Ping) else self._num_failed_pings + 1
+    def _ping(self) -> bool:
+        return self._transmit(protocol.encode(Ping(self._frontend_id, self._channel.state)))
+
+    def _check_liveness(self) -> None:
+        self._num_failed_pings = 0 if self._ping() else self._num_failed_pings + 1
         silence = time.monotonic() - self._last_heard
         if self._num_failed_pings >= MAX_FAILED_PINGS:
             self.lose("the engine core closed its sockets")
@@ -134,49 +175,51 @@ class EngineLink:
                 frames = self._input.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            if frames[0] != self._frontend_id:
+                continue  # of a session that is over
             try:
                 message = protocol.decode_from_engine(frames[-1])
+                self._handle(message)
             except ProtocolError as error:
                 logger.error("dropped a frame of %d bytes from the engine core: %s", len(frames[-1]), error)
-                continue
-            if self._is_next(message):
-                self._last_heard = time.monotonic()
-                self._handle(message)
-
-    def _is_next(self, message: EngineMessage) -> bool:
-        """False for a message of another epoch or one seen before; a gap is reported and then stepped over."""
-        if message.epoch != self._epoch:
-            if not isinstance(message, Ready) or (self._epoch is not None and message.epoch < self._epoch):
-                return False
-            if self._epoch is not None:
-                self.lose("the engine core was restarted")
-            self._epoch, self._next_seq = message.epoch, message.seq
-        if message.seq < self._next_seq:
-            return False
-        num_lost, self._next_seq = message.seq - self._next_seq, message.seq + 1
-        if num_lost:
-            logger.error("lost %d messages from the engine core", num_lost)
-            self._listener.on_gap(num_lost)
-        return True
 
     def _handle(self, message: EngineMessage) -> None:
+        self._last_heard = time.monotonic()
+        if isinstance(message, Ready):
+            self._on_ready(message)
+        elif self.facts is None:
+            return  # the session has not begun
+        elif message.epoch != self._epoch:
+            self.lose("the engine core was restarted")
+        elif isinstance(message, Stats):
+            self.stats, self.stats_time = message.stats, time.monotonic()
+            for frame in self._channel.update(message.channel):
+                self._transmit(frame)
+        elif isinstance(message, Dead):
+            self.lose(message.reason)
+        else:
+            for next_message in self._channel.receive(message.seq, message):
+                self._deliver(next_message)
+        if self._channel.notices_gap():
+            logger.warning("%d messages of the engine core are missing", self._channel.num_missing)
+            self._ping()
+
+    def _deliver(self, message: Outputs | Error | Released) -> None:
         match message:
             case Outputs():
                 self._listener.on_outputs(message)
-            case Stats():
-                self.stats, self.stats_time = message.stats, time.monotonic()
             case Error():
                 self._listener.on_refused(message)
-            case Ready():
-                self._on_ready(message)
-            case Dead():
-                self.lose(f"the engine core stopped: {message.reason}")
+            case Released():
+                self._listener.on_released(message)
 
     def _on_ready(self, message: Ready) -> None:
-        if self.facts is None:
-            facts = message.facts
-            logger.info("engine core ready: %s, %s, context of %d", facts.model, facts.device, facts.max_model_len)
-            self.num_restarts += self.gone_reason is not None
-            self.gone_reason = None
-            self._num_failed_pings = 0
-        self.facts = message.facts
+        if self.facts is not None:  # the answer to a HELLO repeated
+            return
+        self.num_restarts += self._epoch not in (None, message.epoch)
+        self._epoch, self.facts = message.epoch, message.facts
+        facts = message.facts
+        logger.info("engine core ready: %s, %s, context of %d", facts.model, facts.device, facts.max_model_len)
+        self.gone_reason = None
+        self._num_failed_pings = 0
+        self._listener.on_ready()

@@ -7,9 +7,9 @@ Answer = tuple[int, dict[str, str]]
 
 
 def health(engine: EngineClient) -> Answer:
-    """Status and body: 503 once the engine core was lost; while it is loading nothing is broken yet."""
+    """Status and body: 503 while nothing moves because the engine core is gone; loading at first is no failure."""
     reason = engine.link.gone_reason
-    return (200, {"status": "ok"}) if reason is None else (503, {"status": "engine_gone", "message": reason})
+    return (200, {"status": "ok"}) if reason is None else (503, {"status": "engine_restarting", "message": reason})
 
 
 def readiness(engine: EngineClient) -> Answer:
@@ -17,7 +17,7 @@ def readiness(engine: EngineClient) -> Answer:
     try:
         engine.check_admission()
     except EngineDeadError as error:
-        return 503, {"status": "engine_gone", "message": str(error)}
+        return 503, {"status": "engine_restarting", "message": str(error)}
     except NotReadyError as error:
         return 503, {"status": "draining" if engine.draining else "loading", "message": str(error)}
     except OverloadedError as error:

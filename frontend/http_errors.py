@@ -10,6 +10,7 @@ from starlette.types import ExceptionHandler
 from minivllm.errors import (
     DuplicateRequestError,
     EngineDeadError,
+    EngineKilledError,
     GenerationError,
     InvalidRequestError,
     MiniVLLMError,
@@ -24,6 +25,7 @@ _KINDS: dict[type[Exception], tuple[int, str, str]] = {
     DuplicateRequestError: (409, "invalid_request_error", "duplicate_request_id"),
     UnknownModelError: (404, "not_found_error", "model_not_found"),
     OverloadedError: (429, "overloaded_error", "queue_full"),
+    EngineKilledError: (500, "server_error", "engine_crashed_repeatedly"),
     GenerationError: (500, "server_error", "generation_failed"),
     NotReadyError: (503, "unavailable_error", "not_ready"),
     EngineDeadError: (503, "unavailable_error", "engine_gone"),

@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from frontend.bulk_histogram import BulkHistogram
-from frontend.engine_client import LiveRequest
 from frontend.engine_metrics import EngineCollector
+from frontend.live_request import LiveRequest
 from minivllm.protocol import Finished
 
 ENGINE = "0"  # label `engine`: there is one engine core
@@ -73,6 +73,10 @@ class FrontendMetrics:
         if now >= self._next_flush:  # for other frontends: they show the sum of all
             self._next_flush = now + _FLUSH_SECONDS
             self._inter_token.flush()
+
+    def on_resumed(self, request: LiveRequest) -> None:
+        """`request` was submitted again, to continue after its last token."""
+        self._resumed.inc()
 
     def on_finished(self, request: LiveRequest, finished: Finished, now: float) -> None:
         """`request` ended at `now`. Times measured by the engine core exist where it said how the request ended."""

@@ -2,6 +2,7 @@
 
 SIGTERM ─▶ admit nothing ─▶ running streams finish, up to shutdown_timeout ─▶ abort the rest ─▶ exit 0
 second signal, or the launcher's death ─▶ abort all ─▶ exit
+retire (a successor listens on the same socket) ─▶ accept no more ─▶ running streams finish ─▶ exit
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from frontend.app import make_app
+from frontend.debug import log_state
 from frontend.engine_client import EngineClient
 from frontend.engine_metrics import EngineCollector, ProcessUsage
 from frontend.http_protocol import StreamingHttpProtocol
@@ -24,12 +26,14 @@ from frontend.metrics import ENGINE, FrontendMetrics
 from frontend.tokenizer import Tokenizer
 from minivllm.config import ServeConfig
 from minivllm.control import ControlChannel
+from minivllm.diagnostics import dump_stacks_on_signal
 from minivllm.listener import public_url
 from minivllm.transport import Endpoints
 
 logger = logging.getLogger(__name__)
 
 _LAST_WRITES_SECONDS = 5  # for clients to take the end of their stream
+_LAST_REQUESTS_SECONDS = 1  # for requests on connections that were accepted just before retiring
 _KEEP_ALIVE_SECONDS = 30
 
 
@@ -43,7 +47,7 @@ class Frontend:
         endpoints: Endpoints,
         listener: socket.socket,
         control: ControlChannel,
-        engine_timeout: float = 30.0,
+        engine_timeout: float | None = None,
         stream_ping_interval: float = 5.0,
     ) -> None:
         self._config = config
@@ -51,10 +55,11 @@ class Frontend:
         self._endpoints = endpoints
         self._listener = listener
         self._control = control
-        self._engine_timeout = engine_timeout
+        self._engine_timeout = engine_timeout or config.silence_timeout
         self._stream_ping_interval = stream_ping_interval
         self._collector = EngineCollector((config.served_model_name or config.model, ENGINE))
         self._shutdown: asyncio.Task[None] | None = None
+        self._retirement: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve until a signal, `stop`, or the launcher's death."""
@@ -65,8 +70,11 @@ class Frontend:
             self._tokenizer,
             metrics,
             self._config.max_num_queued_reqs,
+            ping_interval=self._config.heartbeat_seconds,
             engine_timeout=self._engine_timeout,
             stream_ping_interval=self._stream_ping_interval,
+            resume_timeout=self._config.resume_timeout,
+            faults=self._config.faults,
         )
         self._collector.stats = lambda: self._engine.link.stats
         self._collector.stats_age = lambda: time.monotonic() - self._engine.link.stats_time
@@ -89,11 +97,26 @@ class Frontend:
         else:
             self.stop_now()
 
+    def retire(self) -> None:
+        """Leave to another process that listens on the same socket."""
+        self._retirement = self._loop.create_task(self._retire())
+
     def stop_now(self) -> None:
         """Abort everything and leave."""
         self._engine.drain()
         self._engine.abort_all()
         self._server.should_exit = self._server.force_exit = True
+
+    async def _retire(self) -> None:
+        """Accept no more, but refuse nothing that comes over connections that are open; then finish what runs."""
+        for server in self._server.servers:
+            server.close()
+        logger.info("retiring: %d requests are unfinished", self._engine.num_unfinished)
+        await asyncio.sleep(_LAST_REQUESTS_SECONDS)
+        self._server.config.timeout_graceful_shutdown = None  # streams are ended here
+        self._server.should_exit = True
+        if not await self._engine.wait_until_idle(self._config.shutdown_timeout):
+            self._engine.abort_all()
 
     async def _drain(self) -> None:
         self._engine.drain()
@@ -112,13 +135,16 @@ class Frontend:
         if threading.current_thread() is threading.main_thread():
             for signal_number in (signal.SIGTERM, signal.SIGINT):
                 self._loop.add_signal_handler(signal_number, self.stop)
+            dump_stacks_on_signal(lambda: self._call(lambda: log_state(self._engine)))
 
     def _on_control_message(self, message: dict[str, Any]) -> None:
         """In the control channel's thread: a line of the launcher."""
-        if message.get("drain"):
-            self._call(self._engine.drain)
+        if message.get("retire"):
+            self._call(self.retire)
         if "engine_gone" in message:
-            self._call(lambda: self._engine.link.lose(message["engine_gone"]))
+            self._call(lambda: self._engine.link.lose(message["engine_gone"], message.get("pid")))
+        if "engine_lost" in message:
+            self._call(lambda: self._engine.give_up(message["engine_lost"]))
         if "processes" in message:
             self._collector.processes = [
                 ProcessUsage(process["name"], process["rss"], process["cpu_seconds"])

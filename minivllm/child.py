@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,7 @@ class Child:
         self.spec = spec
         self.process = process
         self.is_ready = False
+        self.last_heard = time.monotonic()
         self._writer = writer
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -90,6 +92,11 @@ class Child:
         if not transport.is_closing() and transport.get_write_buffer_size() < _MAX_UNREAD_BYTES:
             self._writer.write(json.dumps(message).encode() + b"\n")
 
+    def dump_state(self) -> None:
+        """Ask the process to log what it is doing (SIGUSR1)."""
+        if self.is_running:
+            self.process.send_signal(signal.SIGUSR1)
+
     def terminate(self) -> None:
         """Ask the process to end in its own way (SIGTERM)."""
         if self.is_running:
@@ -108,6 +115,7 @@ class Child:
         try:
             while line := await reader.readline():
                 message = json.loads(line)
+                self.last_heard = time.monotonic()
                 if message.get("state") == "ready":
                     self.is_ready = True
                 post(Reported(self, message))

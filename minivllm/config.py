@@ -9,6 +9,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from minivllm.faults import Faults
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 Positive = Annotated[int, Field(ge=1)]
@@ -89,6 +91,22 @@ class ServeConfig(EngineConfig, FrontendConfig):
     socket_dir: Path | None = Field(None, description="private directory of the ZeroMQ sockets; default: a fresh one")
     startup_timeout: float = Field(600.0, gt=0, description="seconds until every process must be ready")
     shutdown_timeout: float = Field(30.0, ge=0, description="seconds for running requests to finish after SIGTERM")
+    step_timeout: float = Field(
+        60.0, gt=0, description="seconds after which a step counts as stuck and the engine core is restarted"
+    )
+    max_engine_restarts: int = Field(
+        10, ge=0, description="crashes of the engine core within 10 minutes that the server survives"
+    )
+    frontend_lease: float = Field(
+        10.0, gt=0, description="seconds without a word of a frontend after which its requests are freed"
+    )
+    resume_timeout: float = Field(
+        300.0, ge=0, description="seconds that running requests wait for a new engine core when theirs has died"
+    )
+    enable_debug: bool = Field(False, description="serve /debug/*, check the engine core at every heartbeat")
+    inject_faults: str = Field(
+        "", description="with --enable-debug: faults to inject, e.g. drop=0.01,stall=30@step:100 (minivllm/faults.py)"
+    )
     disable_log_stats: bool = Field(False, description="no statistics line every 10 s")
     log_format: Literal["text", "json"] = Field("text", description="format of the log lines")
 
@@ -96,4 +114,25 @@ class ServeConfig(EngineConfig, FrontendConfig):
     def _check(self) -> Self:
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(f"max_model_len must hold a prompt token and an output token, got {self.max_model_len}")
+        if self.inject_faults and not self.enable_debug:
+            raise ValueError("--inject-faults needs --enable-debug")
+        try:
+            Faults.parse(self.inject_faults)
+        except ValueError as error:
+            raise ValueError(f"--inject-faults: {error}") from error
         return self
+
+    @property
+    def faults(self) -> Faults:
+        """What to inject."""
+        return Faults.parse(self.inject_faults)
+
+    @property
+    def heartbeat_seconds(self) -> float:
+        """How often either side says that it is there."""
+        return min(1.0, self.frontend_lease / 3)
+
+    @property
+    def silence_timeout(self) -> float:
+        """Seconds without a word after which the engine core is given up: it cannot speak during a step."""
+        return self.step_timeout + 5.0

@@ -4,6 +4,7 @@ The launcher makes a socket pair per child and hands the child one end through `
 write JSON objects, one a line. A process started by hand has none: reports are then dropped and nothing watched.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -38,6 +39,12 @@ class ControlChannel:
         except OSError:
             return False  # the launcher is gone: `watch` is what acts on that
         return True
+
+    def beat(self) -> None:
+        """Tell the launcher that this process moves. Never waits: a launcher that does not read misses it."""
+        if self._connection is not None:
+            with contextlib.suppress(OSError):
+                self._connection.send(b'{"state": "alive"}\n', socket.MSG_DONTWAIT)
 
     def watch(self, on_message: Callable[[dict[str, Any]], None], on_parent_death: Callable[[], None]) -> None:
         """Read in a daemon thread: every line to `on_message`, the end of the line to `on_parent_death`, once."""

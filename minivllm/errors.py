@@ -7,6 +7,7 @@ MiniVLLMError
 │   ├── DuplicateRequestError … because its id is in use (HTTP 409)
 │   └── UnknownModelError … because it names a model that is not served (HTTP 404)
 ├── GenerationError     the engine gave up on one request that was not at fault (HTTP 500)
+│   └── EngineKilledError … because the engine core died of it, more than once
 ├── OverloadedError     too much work at once (HTTP 429/503); `retry_after` in seconds
 ├── NotReadyError       still loading, or shutting down (HTTP 503); `retry_after` in seconds
 ├── EngineDeadError     the engine core is gone or does not answer (HTTP 503)
@@ -44,6 +45,10 @@ class UnknownModelError(InvalidRequestError):
 
 class GenerationError(MiniVLLMError):
     """The engine gave up on a request that was not at fault itself."""
+
+
+class EngineKilledError(GenerationError):
+    """The engine core died again and again while it worked on this request."""
 
 
 class OverloadedError(MiniVLLMError):

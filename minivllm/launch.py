@@ -54,6 +54,8 @@ def serve(
             frontends,
             startup_timeout=config.startup_timeout,
             shutdown_timeout=config.shutdown_timeout,
+            silence_timeout=config.silence_timeout,
+            max_engine_restarts=config.max_engine_restarts,
             on_progress=progress.update,
             on_ready=_announcer(progress, _short_name(config), public_url(config, listeners[0])),
         )

@@ -1,20 +1,24 @@
 """The messages between frontends and the engine core: what is said, not how it travels (see transport.py).
 
-A frame is the protocol version as one msgpack integer, then one positional msgpack array whose first element
-tells the kind. Any msgpack library can read it. `msgspec` checks every type and length while decoding, so garbage,
-truncated or hostile frames raise `ProtocolError` and nothing else.
+A frame is three msgpack objects: the protocol version, a CRC-32 of the rest, and one positional array whose first
+element tells the kind. Any msgpack library can read it. `msgspec` checks every type and length while decoding, so
+garbage, truncated, damaged or hostile frames raise `ProtocolError` and nothing else.
 
     frontend → engine core (PUSH → PULL)       engine core → frontend (XPUB → SUB, topic = frontend id)
-      Hello   I am here, answer me               Ready    the model is loaded; facts about it
-      Add     a request                          Outputs  new tokens of one step, in columns
-      Abort   forget these requests              Error    a request was refused before it was admitted
-      Ping    my lease                           Stats    heartbeat, with every number of /metrics
-                                                 Dead     the engine core is going away, and why
+      Hello   I am here, answer me               Ready     the model is loaded; facts about it
+    # Add     a request                        # Outputs   new tokens of one step, in columns
+    # Abort   forget these requests            # Error     a request was refused before it was admitted
+      Ping    my lease                         # Released  requests freed because their frontend was silent
+                                                 Stats     heartbeat, with every number of /metrics
+                                                 Dead      this session is over, and why
 
-Up, `seq` counts the messages of one frontend; down, the messages to one frontend: a gap means one was lost.
-`epoch` names one life of the engine core: it changes when the engine is restarted.
+Those marked # are numbered (`seq`) and arrive once and in order (channel.py); the others may be lost or repeated.
+`frontend_id` names one session: a frontend that lost the engine core takes a new id, so nothing of the old session can
+reach it. `epoch` names one life of the engine core: it changes when the engine core is restarted.
 """
 
+import struct
+import zlib
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -23,7 +27,7 @@ from msgspec import Meta, Struct
 from minivllm.errors import ProtocolError
 from minivllm.sampling_params import SamplingParams, TokenId
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 FRONTEND_ID_BYTES = 8  # fixed width: SUB topics match by prefix, so "1" would also receive what is sent to "10"
 
 MAX_REQUEST_ID = 300  # characters: what a client may choose (256), and what a frontend puts around it
@@ -38,9 +42,16 @@ class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Base of all messages: positional, immutable, extra fields refused."""
 
 
+class ChannelState(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One end of a channel, in numbered messages: sent so far; received without a gap; missing right after those."""
+
+    num_sent: Counter = 0
+    num_received: Counter = 0
+    num_missing: Counter = 0
+
+
 class Hello(Message, frozen=True, tag=1):
     frontend_id: FrontendId
-    seq: Counter
 
 
 class Add(Message, frozen=True, tag=2):
@@ -62,7 +73,7 @@ class Abort(Message, frozen=True, tag=3):
 
 class Ping(Message, frozen=True, tag=4):
     frontend_id: FrontendId
-    seq: Counter
+    channel: ChannelState
 
 
 class EngineFacts(Struct, frozen=True, array_like=True):
@@ -99,7 +110,6 @@ class Finished(Struct, frozen=True, array_like=True):
 
 class Ready(Message, frozen=True, tag=16):
     epoch: Counter
-    seq: Counter
     facts: EngineFacts
 
 
@@ -205,33 +215,44 @@ class EngineStats(Struct, array_like=True, kw_only=True):
     gpu_memory_bytes: int = 0
     histograms: dict[str, Histogram] = {}
     num_oom_recoveries: int = 0
+    integrity: str = ""  # with --enable-debug: "ok", or what does not reconcile
 
 
 class Stats(Message, frozen=True, tag=19):
     epoch: Counter
-    seq: Counter
+    channel: ChannelState
     stats: EngineStats
 
 
 class Dead(Message, frozen=True, tag=20):
     epoch: Counter
-    seq: Counter
     reason: str
 
 
+class Released(Message, frozen=True, tag=21):
+    """The lease of their frontend ran out, so these requests were freed; whoever still wants one adds it again."""
+
+    epoch: Counter
+    seq: Counter
+    request_ids: list[RequestId]
+
+
 FrontendMessage = Hello | Add | Abort | Ping
-EngineMessage = Ready | Outputs | Error | Stats | Dead
+EngineMessage = Ready | Outputs | Error | Stats | Dead | Released
 
 _T = TypeVar("_T")
+_HEAD = struct.Struct(">BBI")  # version, msgpack's mark of a 32-bit integer, the checksum
+_UINT32 = 0xCE
 _encoder = msgspec.msgpack.Encoder()
 _frontend_decoder: msgspec.msgpack.Decoder[FrontendMessage] = msgspec.msgpack.Decoder(FrontendMessage)
 _engine_decoder: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
 
 
 def encode(message: Message) -> bytearray:
-    """`message` as one frame: version, then array."""
-    frame = bytearray((PROTOCOL_VERSION,))
-    _encoder.encode_into(message, frame, 1)
+    """`message` as one frame: version, checksum, array."""
+    frame = bytearray(_HEAD.size)
+    _encoder.encode_into(message, frame, _HEAD.size)
+    _HEAD.pack_into(frame, 0, PROTOCOL_VERSION, _UINT32, zlib.crc32(memoryview(frame)[_HEAD.size :]))
     return frame
 
 
@@ -247,12 +268,16 @@ def decode_from_engine(frame: bytes | memoryview) -> EngineMessage:
 
 def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes | memoryview) -> _T:
     view = memoryview(frame)
-    if len(view) < 2:
+    if len(view) <= _HEAD.size:
         raise ProtocolError(f"a frame of {len(view)} bytes is too short to be a message")
-    if view[0] != PROTOCOL_VERSION:
-        raise ProtocolError(f"protocol version {view[0]}, but this process speaks version {PROTOCOL_VERSION}")
+    version, mark, checksum = _HEAD.unpack_from(view)
+    if version != PROTOCOL_VERSION:
+        raise ProtocolError(f"protocol version {version}, but this process speaks version {PROTOCOL_VERSION}")
+    content = view[_HEAD.size :]
+    if mark != _UINT32 or zlib.crc32(content) != checksum:
+        raise ProtocolError(f"a frame of {len(view)} bytes was damaged on its way")
     try:
-        message: _T = decoder.decode(view[1:])
+        message: _T = decoder.decode(content)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a message: {error}") from error
     return message

@@ -6,18 +6,23 @@ from collections.abc import Callable
 
 
 class RestartPolicy:
-    """At most `limit` restarts within `window` seconds, each after twice the delay of the one before."""
+    """At most `limit` restarts within `window` seconds, each after twice the delay of the one before (or `max_delay`).
+
+    Old deaths are forgotten, so a process that serves for months survives one now and then.
+    """
 
     def __init__(
         self,
         limit: int = 5,
         window: float = 60.0,
         first_delay: float = 0.1,
+        max_delay: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limit = limit
         self._window = window
         self._first_delay = first_delay
+        self._max_delay = max_delay
         self._clock = clock
         self._deaths: deque[float] = deque()
 
@@ -29,4 +34,4 @@ class RestartPolicy:
             self._deaths.popleft()
         if len(self._deaths) > self._limit:
             return None
-        return self._first_delay * 2.0 ** (len(self._deaths) - 1)
+        return min(self._max_delay, self._first_delay * 2.0 ** (len(self._deaths) - 1))

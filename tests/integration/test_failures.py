@@ -16,8 +16,8 @@ from tests.support.server import WAIT, ServerProcess, kill
 LONG = {"prompt": "Once upon a time", "max_tokens": 4000, "ignore_eos": True}
 
 
-def test_killed_engine_core_is_told_to_every_client_and_ends_in_70(default_model_dir: Path) -> None:
-    with ServerProcess(str(default_model_dir)) as server:
+def test_engine_core_past_its_restart_limit_is_told_to_every_client_and_ends_in_70(default_model_dir: Path) -> None:
+    with ServerProcess(str(default_model_dir), "--max-engine-restarts", "0") as server:
         socket_dir, children = server.socket_dir(), list(server.processes().values())
         with server.stream(**LONG) as events, server.connect(**LONG, stream=False) as whole:
             assert len(list(islice(events, 2))) == 2

@@ -5,11 +5,12 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import psutil
 
-from tests.support.server import WAIT, ServerProcess
+from tests.support.server import WAIT, ServerProcess, kill, token_ids_of
 
 ROOT = Path(__file__).parents[2]
 MAX_FRONTEND_RSS = 120 * 2**20
@@ -62,7 +63,14 @@ def test_processes_started_by_hand(default_model_dir: Path) -> None:
         server.wait_until_serving()
         answer = server.generate(messages=[{"role": "user", "content": "What is the capital of France?"}])
         assert "Paris" in answer["text"]
+        body = {"prompt": "Once", "max_tokens": 40, "ignore_eos": True}
+        whole = server.generate(**body)["token_ids"]
+        with server.stream(**body) as events:
+            first = list(islice(events, 3))
+            kill(next(child for child in children if "engine_core" in child.cmdline()))
+            assert token_ids_of([*first, *events]) == whole
         server.settle()
+        children = psutil.Process(process.pid).children()
         server.http.close()
         process.terminate()
         rest = log.read()

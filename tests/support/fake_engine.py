@@ -14,6 +14,7 @@ from typing import Any, Self
 import zmq
 from msgspec import Struct
 
+from minivllm.channel import Channel
 from minivllm.protocol import (
     FRONTEND_ID_BYTES,
     Abort,
@@ -32,6 +33,7 @@ from minivllm.protocol import (
     Outputs,
     Ping,
     Ready,
+    Released,
     Stats,
     decode_from_frontend,
     encode,
@@ -76,7 +78,7 @@ class FakeEngine:
     script: the output of a request; step_seconds: pause between steps; tokens_per_step: for each request.
     holding: requests are admitted but nothing comes; silent: not even heartbeats; refusal: answer to every Add.
     failure: how the first step of every request ends; num_allowed: steps to make before holding (None: no limit).
-    lose_next: this many outputs get a sequence number but are never sent. adds, aborted, num_pings: what was received.
+    lose_next: this many outputs get lost on their way, at first. adds, aborted, num_pings: what was received.
     """
 
     def __init__(self, socket_dir: Path, vocab_size: int = 1000, max_model_len: int = 256) -> None:
@@ -105,8 +107,10 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.num_pings = 0
         self._requests: dict[str, FakeRequest] = {}
-        self._sequence: dict[bytes, int] = {}
+        self._channels: dict[bytes, Channel[Add | Abort]] = {}
+        self._greeted: set[bytes] = set()
         self._farewell: str | None = None
+        self._releasing = False
         self._raw: list[bytes] = []
         self._changed = threading.Condition()
         self._stop = threading.Event()
@@ -133,6 +137,14 @@ class FakeEngine:
             if not self._changed.wait_for(condition, WAIT_SECONDS):
                 raise TimeoutError("the fake engine did not see what the test waits for")
 
+    def is_under_way(self) -> bool:
+        """Whether some request has got a few tokens."""
+        return any(request.num_emitted > 3 for request in self._requests.values())
+
+    def release_all(self) -> None:
+        """Before the next step, drop every request as if the lease of its frontend had run out."""
+        self._releasing = True
+
     def say_dead(self, reason: str) -> None:
         """Announce the end at the next step, then keep quiet."""
         self._farewell = reason
@@ -152,7 +164,8 @@ class FakeEngine:
                 self._step()
                 if time.monotonic() >= next_beat:
                     next_beat += HEARTBEAT_SECONDS
-                    self._broadcast(lambda seq: Stats(self.epoch, seq, self.stats))
+                    for frontend_id, channel in self._channels.items():
+                        self._say(frontend_id, Stats(self.epoch, channel.state, self.stats))
                 with self._changed:
                     self._changed.notify_all()
             self._input.close()
@@ -168,19 +181,30 @@ class FakeEngine:
         while self._output.poll(0):
             frame = self._output.recv()
             if frame[0] == 1 and len(frame) == FRONTEND_ID_BYTES + 1:
-                self._sequence.setdefault(frame[1:], 0)
+                self._channels.setdefault(frame[1:], Channel())
+            elif frame[0] == 0:
+                self._channels.pop(frame[1:], None)
+                self._requests = {i: r for i, r in self._requests.items() if r.owner != frame[1:]}
 
     def _handle(self, message: FrontendMessage) -> None:
+        channel = self._channels.get(message.frontend_id, Channel())
         match message:
             case Hello():
                 if self.answer_hello:
-                    self._send(message.frontend_id, lambda seq: Ready(self.epoch, seq, self.facts))
-            case Add():
-                self._add(message)
-            case Abort():
-                self._abort(message.request_ids)
+                    self._greeted.add(message.frontend_id)
+                    self._say(message.frontend_id, Ready(self.epoch, self.facts))
+            case _ if message.frontend_id not in self._greeted:
+                self._say(message.frontend_id, Dead(self.epoch, "the engine core does not know this session"))
             case Ping():
                 self.num_pings += 1
+                for frame in channel.update(message.channel):
+                    self._publish(message.frontend_id, frame)
+            case Add() | Abort():
+                for next_message in channel.receive(message.seq, message):
+                    if isinstance(next_message, Add):
+                        self._add(next_message)
+                    else:
+                        self._abort(next_message.request_ids)
 
     def _add(self, add: Add) -> None:
         self.adds[add.request_id] = add
@@ -192,7 +216,7 @@ class FakeEngine:
             return
         tokens = self.script(add)
         reason: FinishReason = "length" if len(tokens) == add.params.max_tokens else "stop"
-        request = FakeRequest(add.frontend_id, tokens, reason, 0, add.params.logprobs)
+        request = FakeRequest(add.frontend_id, tokens, reason, len(add.output_token_ids), add.params.logprobs)
         if add.params.prompt_logprobs is not None and len(add.prompt_token_ids) > 1:
             request.prompt_logprobs = logprobs_of(add.prompt_token_ids[1:], add.params.prompt_logprobs, 1)
         self._requests[add.request_id] = request
@@ -202,16 +226,21 @@ class FakeEngine:
         for request_id in request_ids:
             request = self._requests.pop(request_id, None)
             if request is not None:
-                self._publish(request.owner, {request_id: []}, {request_id: Finished("abort")})
+                self._emit(request.owner, {request_id: []}, {request_id: Finished("abort")})
 
     def _step(self) -> None:
+        if self._releasing:
+            self._releasing = False
+            released, self._requests = self._requests, {}
+            for request_id, request in released.items():
+                self._send(request.owner, lambda seq, ids=[request_id]: Released(self.epoch, seq, ids))  # type: ignore[misc]
         for frame in self._raw:
-            for frontend_id in self._sequence:
+            for frontend_id in self._channels:
                 self._output.send_multipart((frontend_id, frame))
         self._raw.clear()
         if self._farewell is not None:
-            reason = self._farewell
-            self._broadcast(lambda seq: Dead(self.epoch, seq, reason))
+            for frontend_id in self._channels:
+                self._say(frontend_id, Dead(self.epoch, self._farewell))
             self.silent = True
         if self.holding or self.silent:
             return
@@ -247,9 +276,9 @@ class FakeEngine:
                     finished[request_id] = Finished(request.reason, None, 2, 0.01, 0.02, 0.03)
         for request_id in finished:
             del self._requests[request_id]
-        self._publish(owner, outputs, finished, logprobs, of_prompts)
+        self._emit(owner, outputs, finished, logprobs, of_prompts)
 
-    def _publish(
+    def _emit(
         self,
         owner: bytes,
         outputs: dict[str, list[int]],
@@ -257,10 +286,6 @@ class FakeEngine:
         logprobs: dict[str, Logprobs] | None = None,
         of_prompts: dict[str, Logprobs] | None = None,
     ) -> None:
-        if self.lose_next:
-            self.lose_next -= 1
-            self._sequence[owner] += 1
-            return
         flat = [token for tokens in outputs.values() for token in tokens]
         counts = [len(tokens) for tokens in outputs.values()]
         self._send(
@@ -270,16 +295,22 @@ class FakeEngine:
             ),
         )
 
-    def _broadcast(self, make: Callable[[int], Message]) -> None:
-        for frontend_id in self._sequence:
-            self._send(frontend_id, make)
-
     def _send(self, frontend_id: bytes, make: Callable[[int], Message]) -> None:
-        if self.silent or frontend_id not in self._sequence:
+        channel = self._channels.get(frontend_id)
+        if channel is None:
             return
-        message = make(self._sequence[frontend_id])
-        self._sequence[frontend_id] += 1
-        self._output.send_multipart((frontend_id, encode(message)))
+        frame = channel.send(make)
+        if self.lose_next:
+            self.lose_next -= 1
+        else:
+            self._publish(frontend_id, frame)
+
+    def _say(self, frontend_id: bytes, message: Message) -> None:
+        self._publish(frontend_id, encode(message))
+
+    def _publish(self, frontend_id: bytes, frame: bytearray) -> None:
+        if not self.silent and frontend_id in self._channels:
+            self._output.send_multipart((frontend_id, frame))
 
 
 def main() -> None:

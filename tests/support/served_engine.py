@@ -12,15 +12,18 @@ import zmq
 from engine_core.engine import EngineCore
 from engine_core.server import EngineServer
 from minivllm import transport
+from minivllm.channel import Channel
 from minivllm.protocol import (
     Abort,
     Add,
     EngineMessage,
+    Error,
     Hello,
     Message,
     Outputs,
     Ping,
     Ready,
+    Released,
     Stats,
     decode_from_engine,
     encode,
@@ -80,8 +83,7 @@ class Frontend:
         self._context: zmq.Context[Any] = zmq.Context()
         self._output = transport.frontend_output(self._context, endpoints)
         self._input: Any = None
-        self._seq_out = 0
-        self._seq_in = 0
+        self.channel: Channel[Outputs | Error | Released] = Channel()
         self.epoch: int | None = None
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, str] = {}
@@ -100,23 +102,23 @@ class Frontend:
         self._output.send(frame, zmq.NOBLOCK)
 
     def send(self, make: Callable[[bytes, int], Message]) -> None:
-        self.send_frame(encode(make(self.frontend_id, self._seq_out)))
-        self._seq_out += 1
+        """A numbered message."""
+        self.send_frame(self.channel.send(lambda seq: make(self.frontend_id, seq)))
 
     def hello(self) -> None:
-        self.send(Hello)
+        self.send_frame(encode(Hello(self.frontend_id)))
 
     def ping(self) -> None:
-        self.send(Ping)
+        self.send_frame(encode(Ping(self.frontend_id, self.channel.state)))
 
-    def add(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
-        self.send(lambda frontend_id, seq: Add(frontend_id, seq, request_id, prompt, params))
+    def add(
+        self, request_id: str, prompt: list[int], params: SamplingParams, output_token_ids: list[int] | None = None
+    ) -> None:
+        output = list(output_token_ids or [])
+        self.send(lambda frontend_id, seq: Add(frontend_id, seq, request_id, prompt, params, output))
 
     def abort(self, *request_ids: str) -> None:
         self.send(lambda frontend_id, seq: Abort(frontend_id, seq, list(request_ids)))
-
-    def skip_seq(self) -> None:
-        self._seq_out += 1
 
     def receive(self, timeout_ms: int = WAIT_MS) -> EngineMessage | None:
         """The next message, or None when none comes."""
@@ -125,8 +127,8 @@ class Frontend:
         topic, frame = self._input.recv_multipart()
         assert topic == self.frontend_id
         message = decode_from_engine(frame)
-        assert message.seq == self._seq_in, "a message was lost"
-        self._seq_in += 1
+        if isinstance(message, Outputs | Error | Released):
+            assert self.channel.receive(message.seq, message) == [message], "a message was lost"
         self.epoch = self.epoch or message.epoch
         assert message.epoch == self.epoch
         if isinstance(message, Outputs):

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,19 @@ class Run:
         self.socket_dir = directory / "sockets"
         self._model = model
         self._process: subprocess.Popen[str] | None = None
+        self.lines = ""  # of the log, so far
 
-    def start(self, *options: str, engine: str = "work", frontend: str = "work", **environment: str) -> None:
+    def start(
+        self,
+        *options: str,
+        engine: str = "work",
+        frontend: str = "work",
+        nohup: bool = False,
+        **environment: str,
+    ) -> None:
         arguments = [str(self._model), "--load-format", "dummy", "--socket-dir", str(self.socket_dir), *options]
         self._process = subprocess.Popen(
-            [sys.executable, str(LAUNCHER), str(self.log), engine, frontend, *arguments],
+            [*(["nohup"] if nohup else []), sys.executable, str(LAUNCHER), str(self.log), engine, frontend, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -53,6 +62,22 @@ class Run:
         match = re.fullmatch(r"Mini-vLLM serves tiny at (\S+) \(Ctrl-C stops it\)\n", line)
         assert match, line
         return match[1]
+
+    def wait_for_log(self, pattern: str) -> None:
+        """Read the log up to a line that `pattern` is found in."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines += line
+            if re.search(pattern, line):
+                return
+        raise AssertionError(f"{pattern!r} is not in the log: {self.lines}")
+
+    def wait_for_event(self, kind: str, event: str) -> None:
+        """Wait until a child of that kind has noted `event`."""
+        deadline = time.monotonic() + WAIT
+        while not any(noted[0] == kind and noted[2] == event for noted in self.events()):
+            assert time.monotonic() < deadline, f"no {event} of {kind}: {self.events()}"
+            time.sleep(0.02)
 
     def finish(self) -> tuple[int, str, str]:
         """Exit code, rest of stdout, and stderr; nothing of the run may be left."""
@@ -75,10 +100,14 @@ class Run:
 
     def message_of_frontend(self, url: str) -> dict[str, Any]:
         """What the launcher last told the frontend that takes this connection."""
+        return self.messages_of_frontend(url)[-1]
+
+    def messages_of_frontend(self, url: str) -> list[dict[str, Any]]:
+        """All that the launcher told that frontend."""
         port = int(url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=WAIT) as connection:
-            message: dict[str, Any] = json.loads(connection.makefile().read())
-            return message
+            messages: list[dict[str, Any]] = json.loads(connection.makefile().read())
+            return messages
 
 
 @pytest.fixture
@@ -212,14 +241,91 @@ def test_bad_addresses_are_refused(run: Run, options: list[str], message: str) -
     assert not Path(LONG_DIRECTORY).exists()
 
 
-def test_dead_engine_core_stops_everything_with_70(run: Run) -> None:
+def test_dead_engine_core_is_restarted_and_the_frontends_are_told(run: Run) -> None:
     run.start("--port", "0")
+    url = run.url()
+    first = run.pids("engine")[0]
+    os.kill(first, signal.SIGKILL)
+    run.wait_for_log("engine_core .* was killed by SIGKILL: restarting")
+    run.wait_for_log("engine_core was started again")
+    assert {"engine_gone": "the engine core was killed by SIGKILL", "pid": first} in run.messages_of_frontend(url)
+    assert len(run.pids("frontend")) == 1
+    run.process.terminate()
+    assert run.finish()[0] == 0
+
+
+def test_engine_core_that_keeps_dying_ends_in_70(run: Run) -> None:
+    run.start("--port", "0", "--max-engine-restarts", "2", engine="die later")
+    code, _, stderr = run.finish()
+    assert code == 70
+    assert len(run.pids("engine")) == 3
+    assert len(run.pids("frontend")) == 1
+    assert stderr.count("exited with code 4: restarting") == 2
+    assert stderr.count("exited with code 4: stopping") == 1
+
+
+def test_engine_core_that_cannot_start_again_ends_in_70(run: Run) -> None:
+    run.start("--port", "0", "--max-engine-restarts", "2", engine="once")
     run.url()
     os.kill(run.pids("engine")[0], signal.SIGKILL)
     code, _, stderr = run.finish()
     assert code == 70
-    assert "engine_core" in stderr
-    assert "was killed by SIGKILL" in stderr
+    assert stderr.count("engine_core failed: the fake model has gone") == 2
+
+
+def test_silent_engine_core_is_killed_and_restarted(run: Run) -> None:
+    run.start("--port", "0", "--step-timeout", "0.1", engine="stubborn")  # + 5 s of grace
+    run.url()
+    run.wait_for_log("engine_core .* has not moved for .* s: killing it")
+    run.wait_for_log("engine_core was started again")
+    run.process.terminate()
+    assert run.finish()[0] == 0
+
+
+def test_frontends_are_replaced_one_by_one(run: Run) -> None:
+    run.start("--port", "0", "--api-server-count", "2")
+    run.url()
+    run.process.send_signal(signal.SIGUSR2)
+    for _ in range(2):
+        run.wait_for_log("frontend-. .* has retired: it exited with code 0")
+    events = [(event[0], event[2]) for event in run.events() if event[2] in {"ready", "retired"}]
+    assert events[-4:] == [("frontend", "ready"), ("frontend", "retired")] * 2
+    assert len(run.pids("engine")) == 1
+    run.process.terminate()
+    assert run.finish()[0] == 0
+
+
+def test_the_old_frontend_stays_when_its_successor_cannot_start(run: Run) -> None:
+    run.start("--port", "0", frontend="once")
+    run.url()
+    run.process.send_signal(signal.SIGUSR2)
+    run.wait_for_log("rolling restart: frontend-0 failed to start, the old one stays")
+    assert [event for event in run.events() if event[2] == "retired"] == []
+    run.process.terminate()
+    assert run.finish()[0] == 0
+
+
+def test_sigusr1_is_passed_on_to_everybody(run: Run) -> None:
+    run.start("--port", "0")
+    run.url()
+    run.process.send_signal(signal.SIGUSR1)
+    run.wait_for_log(r"engine_core \(pid \d+\) is ready")
+    run.wait_for_log(r"frontend-0 \(pid \d+\) is ready")
+    run.wait_for_event("engine", "sigusr1")
+    run.wait_for_event("frontend", "sigusr1")
+    run.process.terminate()
+    assert run.finish()[0] == 0
+
+
+def test_nohup_keeps_it_running(run: Run) -> None:
+    run.start("--port", "0", nohup=True)
+    run.url()
+    run.process.send_signal(signal.SIGHUP)
+    run.process.send_signal(signal.SIGUSR1)  # handled after it
+    run.wait_for_event("engine", "sigusr1")
+    run.process.terminate()
+    assert run.finish()[0] == 0
+    assert "SIGHUP" not in run.lines
 
 
 def test_dead_frontend_is_restarted_on_the_same_port(run: Run) -> None:
@@ -242,7 +348,7 @@ def test_frontend_that_keeps_dying_ends_in_70(run: Run) -> None:
     code, _, stderr = run.finish()
     assert code == 70
     assert len(run.pids("frontend")) == 6  # once, and five restarts
-    assert stderr.count("frontend-0") == 6
+    assert stderr.count("exited with code 4") == 6
 
 
 def test_second_signal_stops_at_once(run: Run) -> None:

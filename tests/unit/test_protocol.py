@@ -1,5 +1,6 @@
 """The wire format: what is said arrives, any msgpack library reads it, and garbage is only a `ProtocolError`."""
 
+import zlib
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -14,6 +15,7 @@ from minivllm.protocol import (
     PROTOCOL_VERSION,
     Abort,
     Add,
+    ChannelState,
     Dead,
     EngineFacts,
     EngineMessage,
@@ -27,6 +29,7 @@ from minivllm.protocol import (
     Outputs,
     Ping,
     Ready,
+    Released,
     Stats,
     decode_from_engine,
     decode_from_frontend,
@@ -46,14 +49,14 @@ PARAMS = SamplingParams(
 )
 FACTS = EngineFacts(1, "m", "cpu", "float32", 320, 256, 4, 16, 40, 512, 10**12, [2])
 FRONTEND_MESSAGES: list[FrontendMessage] = [
-    Hello(FRONTEND, 0),
+    Hello(FRONTEND),
     Add(FRONTEND, 1, "request-é", [0, 1, 2**31 - 1], PARAMS, [5]),
     Add(FRONTEND, 2, "r" * 256, [1] * 5000, SamplingParams()),
     Abort(FRONTEND, 3, ["a", "b"]),
-    Ping(FRONTEND, 2**40),
+    Ping(FRONTEND, ChannelState(2**40, 3, 1)),
 ]
 ENGINE_MESSAGES: list[EngineMessage] = [
-    Ready(2**62, 0, FACTS),
+    Ready(2**62, FACTS),
     Outputs(1, 1, ["a", "b", "c"], [2, 0, 1], [7, 8, 9], {"b": Finished("abort"), "c": Finished("stop", 9, 4, 0.1)}),
     Outputs(1, 2, [], [], []),
     Outputs(
@@ -67,8 +70,9 @@ ENGINE_MESSAGES: list[EngineMessage] = [
         {"b": Logprobs([-9999.0], [], [], 4)},
     ),
     Error(1, 3, "a", "invalid_request", "max_tokens is 9 …", "max_tokens"),
-    Stats(1, 4, EngineStats(num_requests_running=2, histograms={"h": Histogram([1.0], [2, 3], 4.5)})),
-    Dead(1, 5, "stopped"),
+    Stats(1, ChannelState(4), EngineStats(num_requests_running=2, histograms={"h": Histogram([1.0], [2, 3], 4.5)})),
+    Dead(1, "stopped"),
+    Released(1, 5, ["a"]),
 ]
 FRAMES = [bytes(encode(message)) for message in (*FRONTEND_MESSAGES, *ENGINE_MESSAGES)]
 
@@ -85,8 +89,12 @@ def test_columns_of_log_probabilities_are_cut_and_joined() -> None:
 
 def raw(*elements: Any, version: int = PROTOCOL_VERSION) -> bytes:
     """A frame with any content."""
-    packed: bytes = msgpack.packb(list(elements))
-    return bytes((version,)) + packed
+    return framed(msgpack.packb(list(elements)), version)
+
+
+def framed(content: bytes, version: int = PROTOCOL_VERSION) -> bytes:
+    """`content` with a head that is right."""
+    return bytes((version, 0xCE)) + zlib.crc32(content).to_bytes(4, "big") + content
 
 
 def decode_both(frame: bytes) -> list[FrontendMessage | EngineMessage]:
@@ -120,24 +128,33 @@ def test_engine_messages_survive_the_wire(message: EngineMessage) -> None:
 def test_any_msgpack_library_can_read_a_frame() -> None:
     unpacker = msgpack.Unpacker()
     unpacker.feed(bytes(encode(Abort(FRONTEND, 3, ["a", "b"]))))
-    assert list(unpacker) == [PROTOCOL_VERSION, [3, FRONTEND, 3, ["a", "b"]]]
+    version, checksum, fields = unpacker
+    assert (version, fields) == (PROTOCOL_VERSION, [3, FRONTEND, 3, ["a", "b"]])
+    assert checksum == zlib.crc32(msgpack.packb(fields))
     unpacker.feed(bytes(encode(ENGINE_MESSAGES[1])))
-    version, fields = unpacker
+    version, _, fields = unpacker
     assert version == PROTOCOL_VERSION
     assert fields[:6] == [17, 1, 1, ["a", "b", "c"], [2, 0, 1], [7, 8, 9]]
 
 
 def test_any_msgpack_library_can_write_a_frame() -> None:
-    assert decode_from_frontend(raw(4, FRONTEND, 9)) == Ping(FRONTEND, 9)
+    assert decode_from_frontend(raw(4, FRONTEND, [9, 8, 0])) == Ping(FRONTEND, ChannelState(9, 8))
     assert decode_from_frontend(raw(2, FRONTEND, 0, "a", [1], [])) == Add(FRONTEND, 0, "a", [1], SamplingParams())
 
 
 def test_another_version_is_named() -> None:
-    with pytest.raises(ProtocolError, match=r"protocol version 2, but this process speaks version 1"):
-        decode_from_frontend(raw(4, FRONTEND, 0, version=2))
+    with pytest.raises(ProtocolError, match=r"protocol version 1, but this process speaks version 2"):
+        decode_from_frontend(raw(4, FRONTEND, [0, 0, 0], version=1))
 
 
-@pytest.mark.parametrize("frame", [b"", b"\x01"])
+def test_a_frame_damaged_on_its_way_is_named() -> None:
+    frame = bytearray(encode(Outputs(1, 1, ["a"], [1], [7])))
+    frame[-2] ^= 1  # the token id: without a checksum this would be another message
+    with pytest.raises(ProtocolError, match=f"a frame of {len(frame)} bytes was damaged on its way"):
+        decode_from_engine(bytes(frame))
+
+
+@pytest.mark.parametrize("frame", [b"", b"\x01", b"\x02\xce\x00\x00\x00\x00"])
 def test_short_frames_are_named(frame: bytes) -> None:
     with pytest.raises(ProtocolError, match=f"a frame of {len(frame)} bytes is too short"):
         decode_from_frontend(frame)
@@ -150,12 +167,15 @@ def test_short_frames_are_named(frame: bytes) -> None:
         raw("1", FRONTEND, 0),
         raw(),
         raw(1),
-        raw(1, b"short", 0),
-        raw(1, FRONTEND + b"x", 0),
-        raw(1, "front-01", 0),
-        raw(1, FRONTEND, -1),
-        raw(1, FRONTEND, 0, "extra"),
-        raw(1, FRONTEND, 0.5),
+        raw(1, b"short"),
+        raw(1, FRONTEND + b"x"),
+        raw(1, "front-01"),
+        raw(1, FRONTEND, "extra"),
+        raw(3, FRONTEND, -1, []),
+        raw(3, FRONTEND, 0.5, []),
+        raw(4, FRONTEND, 0),
+        raw(4, FRONTEND, [0, -1, 0]),
+        raw(4, FRONTEND, [0, 0, 0, 0]),
         raw(2, FRONTEND, 0, "", [1], []),
         raw(2, FRONTEND, 0, "r" * 301, [1], []),
         raw(2, FRONTEND, 0, "a", [], []),
@@ -178,14 +198,12 @@ def test_short_frames_are_named(frame: bytes) -> None:
         raw(17, 0, 0, ["a"], [1], [5], {}, {"a": [[-0.5], [1], []]}),
         raw(17, 0, 0, ["a"], [2], [5, 6], {}, {"a": [[-0.5, -0.5], [1], [-0.5]]}),
         raw(17, 0, 0, ["a"], [0], [], {}, {}, {"a": [[-0.5], [], [], -1]}),
-        msgpack.packb(1) + b"\xdd\xff\xff\xff\xff",
-        msgpack.packb(1) + b"\x94\x03\xc4\x08front-01\x00\xdd\xff\xff\xff\xff\xa1a",
-        msgpack.packb(1) + b"\x94\x03\xc6\xff\xff\xff\xfffront-01",
-        msgpack.packb(1) + b"\x91" * 100_000,
-        msgpack.packb(1) + b"\x92\x13\x00" + b"\x81\xa1a" * 100_000,
-        msgpack.packb(1)
-        + msgpack.packb([16, 0, 0, [1, "m", "cpu", "f", 1, 1, 1, 1, 1, 1, 1, []]])[:-1]
-        + b"\x91" * 9999,
+        framed(b"\xdd\xff\xff\xff\xff"),
+        framed(b"\x94\x03\xc4\x08front-01\x00\xdd\xff\xff\xff\xff\xa1a"),
+        framed(b"\x94\x03\xc6\xff\xff\xff\xfffront-01"),
+        framed(b"\x91" * 100_000),
+        framed(b"\x93\x13\x00\x90" + b"\x81\xa1a" * 100_000),
+        framed(msgpack.packb([16, 0, [1, "m", "cpu", "f", 1, 1, 1, 1, 1, 1, 1, []]])[:-1] + b"\x91" * 9999),
     ],
 )
 def test_hostile_frames_are_protocol_errors(frame: bytes) -> None:
@@ -194,10 +212,10 @@ def test_hostile_frames_are_protocol_errors(frame: bytes) -> None:
 
 def test_deep_nesting_in_a_field_that_is_skipped_is_a_protocol_error() -> None:
     facts = list(msgspec.structs.astuple(FACTS))
-    frame = raw(16, 0, 0, [*facts, "@"])
-    at = frame.rindex(b"\xa1@")
-    with pytest.raises(ProtocolError):
-        decode_from_engine(frame[:at] + b"\x91" * 200_000 + b"\x01" + frame[at + 2 :])
+    content = msgpack.packb([16, 0, [*facts, "@"]])
+    at = content.rindex(b"\xa1@")
+    with pytest.raises(ProtocolError, match="not a message"):
+        decode_from_engine(framed(content[:at] + b"\x91" * 200_000 + b"\x01" + content[at + 2 :]))
 
 
 @pytest.mark.parametrize("frame", FRAMES, ids=lambda frame: f"{len(frame)} bytes")
@@ -214,7 +232,7 @@ def test_trailing_bytes_are_a_protocol_error() -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_only_raise_protocol_errors(content: bytes) -> None:
-    for frame in (content, bytes((PROTOCOL_VERSION,)) + content):
+    for frame in (content, framed(content)):
         for message in decode_both(frame):
             assert isinstance(message, protocol.Message)
 
@@ -222,11 +240,11 @@ def test_random_bytes_only_raise_protocol_errors(content: bytes) -> None:
 @settings(max_examples=500, deadline=None)
 @given(st.sampled_from(FRAMES), st.data())
 def test_mutated_frames_only_raise_protocol_errors(frame: bytes, data: st.DataObject) -> None:
-    mutated = bytearray(frame)
+    mutated = bytearray(frame[6:])
     for _ in range(data.draw(st.integers(1, 4), "mutations")):
         at = data.draw(st.integers(0, min(len(mutated), 120) - 1), "position")
         mutated[at] = data.draw(st.integers(0, 255), "byte")
-    for message in decode_both(bytes(mutated)):
+    for message in decode_both(framed(bytes(mutated))):
         assert decode_both(bytes(encode(message))) == [message] or message != message  # noqa: PLR0124 - NaN
 
 

@@ -14,7 +14,18 @@ from transformers import LlamaConfig
 from engine_core.engine import EngineCore, RequestOutput
 from minivllm import transport
 from minivllm.config import EngineConfig
-from minivllm.protocol import Dead, EngineMessage, Error, Stats
+from minivllm.protocol import (
+    Add,
+    ChannelState,
+    Dead,
+    EngineMessage,
+    Error,
+    Outputs,
+    Ping,
+    Released,
+    Stats,
+    encode,
+)
 from minivllm.sampling_params import SamplingParams
 from tests.support.engines import greedy
 from tests.support.served_engine import Frontend, ServedEngine, connected
@@ -82,8 +93,7 @@ def test_ready_needs_hello_and_subscription(served: ServedEngine) -> None:
     served.serve()
     greeted, subscribed = Frontend(served.endpoints, A, subscribe=False), Frontend(served.endpoints, B)
     greeted.hello()
-    first = subscribed.wait_for(lambda message: True)
-    assert isinstance(first, Stats), "READY without a hello"
+    assert subscribed.receive(200) is None, "READY without a hello"
     subscribed.hello()
     subscribed.wait_ready()
     greeted.subscribe()
@@ -156,12 +166,55 @@ def test_any_frontend_may_abort_and_the_owner_is_told(served: ServedEngine) -> N
         assert not other.tokens
 
 
-def test_a_gap_in_the_messages_of_a_frontend_is_logged(served: ServedEngine, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_message_of_a_frontend_is_asked_for_and_order_is_kept(served: ServedEngine) -> None:
     served.serve()
     with connected(served, A) as (frontend,):
-        frontend.skip_seq()
+        lost = frontend.channel.send(lambda seq: Add(A, seq, "r", [1], ENDLESS))
+        frontend.abort("r")  # must not overtake its add, or the request would run for ever
+        asked = frontend.wait_for(lambda message: isinstance(message, Stats) and message.channel.num_missing == 1)
+        assert isinstance(asked, Stats)
+        assert frontend.channel.update(asked.channel) == [lost]
+        frontend.send_frame(lost)
+        frontend.wait_finished("r")
+        frontend.send_frame(lost)  # once more: ignored
+        frontend.wait_for(idle_after(1))
+
+
+def test_the_last_message_of_a_frontend_is_missed_when_it_pings(served: ServedEngine) -> None:
+    served.serve()
+    with connected(served, A) as (frontend,):
+        lost = frontend.channel.send(lambda seq: Add(A, seq, "r", [1], greedy(2)))
         frontend.ping()
-        frontend.wait_for(lambda _: "message 2 arrived where 1 was due" in caplog.text)
+        frontend.wait_for(lambda message: isinstance(message, Stats) and message.channel.num_missing == 1)
+        frontend.send_frame(lost)
+        frontend.wait_finished("r")
+
+
+def test_what_a_frontend_misses_is_sent_again(served: ServedEngine) -> None:
+    served.serve()
+    with connected(served, A) as (frontend,):
+        frontend.add("r", [1], greedy(3))
+        first = frontend.wait_for(lambda message: isinstance(message, Outputs))
+        assert isinstance(first, Outputs)
+        frontend.wait_finished("r")
+        frontend.send_frame(encode(Ping(A, ChannelState(1, first.seq, 1))))  # as if the first had not come
+        frontend.channel._num_received = first.seq
+        frontend.reasons.clear()
+        assert frontend.wait_for(lambda message: isinstance(message, Outputs)) == first
+
+
+def test_a_session_the_engine_core_does_not_know_is_told_so(served: ServedEngine) -> None:
+    served.serve()
+    frontend = Frontend(served.endpoints, A)
+    while (message := frontend.receive(100)) is None:
+        frontend.ping()
+    assert isinstance(message, Dead)
+    assert "does not know this session" in message.reason
+    frontend.add("r", [1], ENDLESS)
+    frontend.hello()
+    frontend.wait_ready()
+    assert not served.engine.has_work
+    frontend.close()
 
 
 def test_a_frontend_that_disconnects_frees_its_requests(served: ServedEngine) -> None:
@@ -211,11 +264,14 @@ def test_a_silent_frontend_loses_its_lease_and_learns_of_it(model_dir: Path, soc
             silent.add("s", [1], ENDLESS)
             silent.wait_token("s")
             lively.wait_for(idle_after(1), keep_alive=True)
+            released = silent.wait_for(lambda message: isinstance(message, Released))
+            assert isinstance(released, Released)
+            assert released.request_ids == ["s"]
+            so_far = list(silent.tokens["s"])
+            silent.add("s", [1], greedy(len(so_far) + 2), output_token_ids=so_far)
             silent.wait_finished("s")
-            assert silent.reasons == {"s": "abort"}
-            silent.add("again", [1], greedy(2))
-            silent.wait_finished("again")
-            assert silent.reasons["again"] == "length"
+            assert silent.reasons == {"s": "length"}
+            assert len(silent.tokens["s"]) == len(so_far) + 2
 
 
 def test_a_step_longer_than_the_lease_costs_nobody_theirs(

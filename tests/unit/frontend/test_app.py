@@ -105,7 +105,7 @@ def test_clients_that_leave_are_counted_as_abort(frontend: RunningFrontend, engi
     assert samples(frontend)["vllm:request_success_total", "abort"] == 1
 
 
-def test_the_launcher_feeds_process_metrics_and_drains(engine: FakeEngine, start_frontend: StartFrontend) -> None:
+def test_the_launcher_feeds_process_metrics(engine: FakeEngine, start_frontend: StartFrontend) -> None:
     ours, theirs = socket.socketpair()
     with theirs, ours:
         frontend = start_frontend(control=ControlChannel(theirs))
@@ -114,10 +114,9 @@ def test_the_launcher_feeds_process_metrics_and_drains(engine: FakeEngine, start
             report = json.loads(lines.readline())
         assert report == {"state": "ready", "url": f"http://127.0.0.1:{frontend.address[1]}"}
         usage = {"name": "engine_core", "pid": 7, "rss": 1000, "cpu_seconds": 1.5}
-        ours.sendall(json.dumps({"processes": [usage]}).encode() + b"\n" + b'{"drain": true}\n')
-        assert frontend.wait_for("/ready", 503)["status"] == "draining"
-        found = samples(frontend)
-        assert found["minivllm:process_rss_bytes", "engine_core"] == 1000
+        ours.sendall(json.dumps({"processes": [usage]}).encode() + b"\n")
+        while (found := samples(frontend)).get(("minivllm:process_rss_bytes", "engine_core")) != 1000:
+            pass
         assert found["minivllm:process_cpu_seconds_total", "engine_core"] == 1.5
         ours.shutdown(socket.SHUT_RDWR)  # what a dead launcher looks like
         frontend.join()
@@ -194,3 +193,17 @@ def test_openapi_lists_every_route_and_every_field(frontend: RunningFrontend) ->
         assert set(schemas[model.__name__]["properties"]) == set(model.model_fields)
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert references <= set(schemas)
+
+
+def test_invariants_are_shown_only_for_debugging(
+    frontend: RunningFrontend, engine: FakeEngine, start_frontend: StartFrontend
+) -> None:
+    assert frontend.http.get("/debug/invariants").status_code == 404
+    debugging = start_frontend(enable_debug=True)
+    debugging.wait_until_ready()
+    engine.stats.integrity = "ok"
+    while (body := debugging.http.get("/debug/invariants").json())["engine"]["integrity"] != "ok":
+        pass
+    assert body["frontend"] | {"num_sent": 0, "requests": 0, "waiting_for_engine": 0} == body["frontend"]
+    engine.stats.integrity = "1 block belongs to nobody"
+    assert debugging.wait_for("/debug/invariants", 500)["engine"]["integrity"] == "1 block belongs to nobody"

@@ -3,8 +3,6 @@
 import json
 import socket
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -218,58 +216,7 @@ def test_a_slow_reader_gets_everything_and_delays_nobody(frontend: RunningFronte
     assert ids == [70] * 250
 
 
-# The engine core misbehaves: every stream ends with a clear error, never with shortened text.
-
-
-def _errors(frontend: RunningFrontend, engine: FakeEngine, misbehave: Callable[[], Any]) -> list[Any]:
-    """Events of a stream that began well before `misbehave()`."""
-    engine.script = lambda add: [70] * 200
-    engine.step_seconds = 0.01
-    with frontend.http.stream("POST", "/generate", json={"prompt": "a", "max_tokens": 200}) as response:
-        events = parse_events(response.iter_lines())
-        assert next(events)["token_ids"]
-        misbehave()
-        return list(events)
-
-
-def test_a_lost_message_fails_the_stream(frontend: RunningFrontend, engine: FakeEngine) -> None:
-    events = _errors(frontend, engine, lambda: setattr(engine, "lose_next", 1))
-    assert events[-1] == "[DONE]"
-    assert "1 messages of the engine core were lost" in events[-2]["error"]["message"]
-    engine.wait_for(lambda: len(engine.aborted) == 1)
-    assert frontend.generate(prompt="a", stream=False).status_code == 200
-
-
-def test_a_silent_engine_fails_the_stream(engine: FakeEngine, start_frontend: StartFrontend) -> None:
-    frontend = start_frontend(engine_timeout=0.5)
-    frontend.wait_until_ready()
-    events = _errors(frontend, engine, lambda: setattr(engine, "silent", True))
-    assert "silent for" in events[-2]["error"]["message"]
-    assert events[-2]["error"]["code"] == "engine_gone"
-    assert frontend.wait_for("/health", 503)["status"] == "engine_gone"
-    assert frontend.wait_for("/ready", 503)["status"] == "engine_gone"
-    response = frontend.generate(prompt="a")
-    assert (response.status_code, "retry-after" in response.headers) == (503, True)
-    engine.silent = False
-    frontend.wait_until_ready()
-    assert frontend.http.get("/health").status_code == 200
-
-
-def test_a_killed_engine_fails_the_stream_and_a_new_one_is_found(
-    engine: FakeEngine, frontend: RunningFrontend, socket_dir: Path
-) -> None:
-    events = _errors(frontend, engine, engine.stop)
-    assert events[-2]["error"]["message"] == "the engine core closed its sockets"
-    with FakeEngine(socket_dir):
-        frontend.wait_until_ready()
-        assert frontend.generate(prompt="a", stream=False).status_code == 200
-        metrics = frontend.http.get("/metrics").text
-    assert 'minivllm:engine_restarts_total{engine="0",model_name="test-model"} 1.0' in metrics
-
-
-def test_a_farewell_names_the_reason(frontend: RunningFrontend, engine: FakeEngine) -> None:
-    events = _errors(frontend, engine, lambda: engine.say_dead("out of disk"))
-    assert "out of disk" in events[-2]["error"]["message"]
+# The engine core misbehaves (what is lost, and what dies: test_resume.py)
 
 
 def test_garbage_and_stale_messages_are_ignored(frontend: RunningFrontend, engine: FakeEngine) -> None:

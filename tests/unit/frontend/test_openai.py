@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from frontend.tokenizer import Tokenizer
-from minivllm.protocol import Outputs, encode
+from minivllm.protocol import Outputs
 from tests.support.fake_engine import FakeEngine, logprobs_of
 from tests.unit.frontend.running import RunningFrontend, read_until
 
@@ -403,11 +403,12 @@ def test_prompt_log_probabilities_that_come_twice_count_once(
     with frontend.open_raw(COMPLETIONS, prompt=prompt, echo=True, logprobs=0, max_tokens=1) as connection:
         engine.wait_for(lambda: engine.adds)
         (request_id,) = engine.adds
-        (owner,) = engine._sequence
+        (owner,) = engine._channels
         again = logprobs_of(prompt[1:2], 0, 1)
-        seq = engine._sequence[owner]
-        engine._sequence[owner] += 1
-        engine.send_raw(bytes(encode(Outputs(engine.epoch, seq, [request_id], [0], [], {}, {}, {request_id: again}))))
+        frame = engine._channels[owner].send(
+            lambda seq: Outputs(engine.epoch, seq, [request_id], [0], [], {}, {}, {request_id: again})
+        )
+        engine.send_raw(bytes(frame))
         engine.holding = False
         response = read_until(connection, b'"usage"')
     assert response.count(b"-0.25") + response.count(b"-1.25") >= len(prompt)

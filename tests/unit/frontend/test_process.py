@@ -167,3 +167,23 @@ def test_frontends_share_an_inherited_socket(start: Start, engine: FakeEngine) -
         first.popen.send_signal(signal.SIGTERM)
         assert first.popen.wait(20) == 0
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+
+
+def test_a_retiring_frontend_finishes_its_streams_and_its_successor_refuses_nobody(
+    start: Start, engine: FakeEngine
+) -> None:
+    engine.holding = True
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        port = listener.getsockname()[1]
+        shared = {"MINIVLLM_LISTEN_FD": str(listener.fileno())}
+        old = start("--port", str(port), **shared)
+        with connect(old, engine, "last") as connection:
+            new = start("--port", str(port), **shared)
+            assert new.url()
+            old.control.sendall(b'{"retire": true}\n')
+            assert all(httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200 for _ in range(100))
+            assert old.popen.poll() is None
+            engine.holding = False
+            assert b'"finish_reason":"length"' in read_until(connection, b"[DONE]")
+        assert old.popen.wait(20) == 0
+        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200

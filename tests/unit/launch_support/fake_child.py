@@ -1,7 +1,7 @@
 """A child process that behaves as told: `python fake_child.py LOG KIND BEHAVIOUR --config FILE`.
 
 It writes what happens to it to LOG, one `KIND pid event` a line. A frontend answers every connection to the inherited
-socket with the last control message as JSON.
+socket with all control messages so far as JSON.
 """
 
 import json
@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class FakeChild:
         self.config = json.loads(config_file.read_text())
         self._log = log
         self._kind = kind
-        self._message: dict[str, Any] = {}
+        self._messages: list[dict[str, Any]] = []
         self._got_message = threading.Event()
 
     def note(self, event: str) -> None:
@@ -31,8 +32,11 @@ class FakeChild:
             log.write(f"{self._kind} {os.getpid()} {event}\n")
 
     def on_message(self, message: dict[str, Any]) -> None:
-        self._message = message
+        self._messages.append(message)
         self._got_message.set()
+        if message.get("retire"):
+            self.note("retired")
+            os._exit(0)
 
     def await_message(self) -> None:
         self._got_message.wait()
@@ -52,13 +56,14 @@ class FakeChild:
             connection, _ = listener.accept()
             with connection:
                 self.await_message()
-                connection.sendall(json.dumps(self._message).encode())
+                connection.sendall(json.dumps(self._messages).encode())
 
 
 def main(log: str, kind: str, behaviour: str, _: str, config_file: str) -> None:
     child = FakeChild(Path(log), kind, Path(config_file))
     signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour == "stubborn" else child.on_sigterm)
     signal.signal(signal.SIGINT, lambda *_: child.note("sigint"))
+    signal.signal(signal.SIGUSR1, lambda *_: child.note("sigusr1"))
     environment = sorted(name for name in os.environ if name.startswith("MINIVLLM_") and not name.endswith("_FD"))
     child.note(f"started sid={os.getsid(0)} env={','.join(environment)} config={config_file}")
     control = ControlChannel.inherit()
@@ -67,6 +72,9 @@ def main(log: str, kind: str, behaviour: str, _: str, config_file: str) -> None:
     if behaviour == "crash":
         sys.exit(3)
     control.report("loading", detail="reading fake weights")
+    if behaviour == "once" and len([line for line in Path(log).read_text().splitlines() if kind in line]) > 2:
+        control.report("failed", reason="the fake model has gone", exit_code=1)  # it is not the first of its kind
+        sys.exit(1)
     if behaviour == "fail":
         control.report("failed", reason="the fake model is too large: 9 GiB of 1 GiB", exit_code=1)
         sys.exit(1)
@@ -75,6 +83,9 @@ def main(log: str, kind: str, behaviour: str, _: str, config_file: str) -> None:
     if behaviour != "silent":
         control.report("ready")
         child.note("ready")
+    if behaviour == "die later":
+        time.sleep(1)
+        os._exit(4)
     if behaviour == "die":
         child.await_message()  # the launcher speaks only when all were ready
         os._exit(4)

@@ -1,0 +1,66 @@
+"""What is asked, and what came: a whole answer that can be compared with that of an undisturbed run."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from minivllm.bench.client import events
+from minivllm.errors import MiniVLLMError
+
+_WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
+
+
+class NoAnswerError(MiniVLLMError):
+    """The stream ended with an error, or without an end."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that a client can compare; the number of events and their bundling may differ from run to run."""
+
+    text: str
+    token_ids: list[int] = field(repr=False)
+    finish_reason: str
+    completion_tokens: int
+
+
+def make_bodies(num: int, max_tokens: int, seed: int) -> list[dict[str, Any]]:
+    """`num` different requests: greedy and seeded, with and without penalties and stop strings, short and long."""
+    random_ = random.Random(seed)
+    bodies: list[dict[str, Any]] = []
+    for index in range(num):
+        body = {
+            "prompt": f"{index}: " + " ".join(random_.choices(_WORDS, k=random_.randint(3, 40))),
+            "max_tokens": random_.randint(max_tokens // 2, max_tokens),
+            "min_tokens": max_tokens // 4,
+            **({"temperature": 0} if index % 2 else {"temperature": 0.9, "seed": index, "top_p": 0.95}),
+        }
+        if index % 4 >= 2:
+            body |= {"repetition_penalty": 1.2, "frequency_penalty": 0.3}
+        body |= {"stop": [" never said", "\n\n\n"]} if index % 3 == 0 else {"ignore_eos": True}
+        bodies.append(body)
+    return bodies
+
+
+async def ask(http: httpx.AsyncClient, body: dict[str, Any], on_event: Callable[[float], None]) -> Answer:
+    """Stream one answer; `on_event` gets the time (monotonic) of each event. Raises `NoAnswerError`."""
+    text: list[str] = []
+    token_ids: list[int] = []
+    async with http.stream("POST", "/generate", json=body) as response:
+        if response.status_code != 200:
+            body_text = (await response.aread()).decode(errors="replace")
+            raise NoAnswerError(f"status {response.status_code}: {body_text[:200]}")
+        async for event in events(response.aiter_lines()):
+            on_event(time.monotonic())
+            if "error" in event:
+                raise NoAnswerError(f"after {len(token_ids)} tokens: {event['error']['message']}")
+            text.append(event["text"])
+            token_ids += event["token_ids"]
+            if event["finish_reason"] is not None:
+                usage = event["usage"]["completion_tokens"]
+                return Answer("".join(text), token_ids, event["finish_reason"], usage)
+    raise NoAnswerError(f"the stream ended after {len(token_ids)} tokens without an end")
