@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 
-from minivllm.bench.client import events
 from minivllm.errors import MiniVLLMError
+from minivllm.event_stream import ServerError, post_events
 
 _WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
@@ -50,17 +50,14 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any], on_event: Callable[
     """Stream one answer; `on_event` gets the time (monotonic) of each event. Raises `NoAnswerError`."""
     text: list[str] = []
     token_ids: list[int] = []
-    async with http.stream("POST", "/generate", json=body) as response:
-        if response.status_code != 200:
-            body_text = (await response.aread()).decode(errors="replace")
-            raise NoAnswerError(f"status {response.status_code}: {body_text[:200]}")
-        async for event in events(response.aiter_lines()):
+    try:
+        async for event in post_events(http, "/generate", body):
             on_event(time.monotonic())
-            if "error" in event:
-                raise NoAnswerError(f"after {len(token_ids)} tokens: {event['error']['message']}")
             text.append(event["text"])
             token_ids += event["token_ids"]
             if event["finish_reason"] is not None:
                 usage = event["usage"]["completion_tokens"]
                 return Answer("".join(text), token_ids, event["finish_reason"], usage)
+    except ServerError as error:
+        raise NoAnswerError(f"after {len(token_ids)} tokens: {error}") from error
     raise NoAnswerError(f"the stream ended after {len(token_ids)} tokens without an end")

@@ -15,6 +15,7 @@ import zmq
 from msgspec import Struct
 
 from minivllm import transport
+from minivllm.channel import Channel
 from minivllm.protocol import (
     FRONTEND_ID_BYTES,
     Abort,
@@ -26,6 +27,7 @@ from minivllm.protocol import (
     Hello,
     Message,
     Outputs,
+    Ping,
     Ready,
     Stats,
     decode_from_frontend,
@@ -54,7 +56,7 @@ class StubEngine:
         self._num_held = num_held
         self._epoch = time.time_ns()
         self._requests: dict[str, _Request] = {}
-        self._sequence: dict[bytes, int] = {}
+        self._channels: dict[bytes, Channel[Add | Abort]] = {}
         self._stats = EngineStats()
         self._tokens = random.Random(0).choices(range(vocab_size), k=_POOL_SIZE)
         self._is_running = False
@@ -75,8 +77,8 @@ class StubEngine:
                 self._step()
             if now >= next_beat:
                 next_beat = now + _HEARTBEAT_SECONDS
-                for frontend_id in self._sequence:
-                    self._send(frontend_id, Stats(self._epoch, self._sequence[frontend_id], self._stats))
+                for frontend_id, channel in self._channels.items():
+                    self._publish(frontend_id, encode(Stats(self._epoch, channel.state, self._stats)))
 
     def _receive(self) -> None:
         try:
@@ -87,21 +89,28 @@ class StubEngine:
         while self._output.poll(0):
             frame = self._output.recv()
             if frame[0] == 1 and len(frame) == FRONTEND_ID_BYTES + 1:
-                self._sequence.setdefault(frame[1:], 0)
+                self._channels.setdefault(frame[1:], Channel())
 
     def _handle(self, message: FrontendMessage) -> None:
+        channel = self._channels.get(message.frontend_id)
         match message:
-            case Hello(frontend_id) if frontend_id in self._sequence:
-                self._send(frontend_id, Ready(self._epoch, self._sequence[frontend_id], self._facts))
-            case Add(frontend_id, _, request_id, _, params):
-                self._requests[request_id] = _Request(frontend_id, params.max_tokens or 1)
-                self._is_running = self._is_running or len(self._requests) >= self._num_held
-            case Abort(frontend_id, _, request_ids):
-                for request_id in request_ids:
-                    if self._requests.pop(request_id, None):
-                        ended = {request_id: Finished("abort")}
-                        seq = self._sequence[frontend_id]
-                        self._send(frontend_id, Outputs(self._epoch, seq, [request_id], [0], [], ended))
+            case Hello(frontend_id) if channel is not None:
+                self._publish(frontend_id, encode(Ready(self._epoch, self._facts)))
+            case Ping(frontend_id, state) if channel is not None:
+                for frame in channel.update(state):
+                    self._publish(frontend_id, frame)
+            case Add() | Abort() if channel is not None:
+                for next_message in channel.receive(message.seq, message):
+                    self._obey(next_message)
+
+    def _obey(self, message: Add | Abort) -> None:
+        if isinstance(message, Add):
+            self._requests[message.request_id] = _Request(message.frontend_id, message.params.max_tokens or 1)
+            self._is_running = self._is_running or len(self._requests) >= self._num_held
+            return
+        for request_id in message.request_ids:
+            if self._requests.pop(request_id, None):
+                self._send_outputs(message.frontend_id, [request_id], [0], [], {request_id: Finished("abort")})
 
     def _step(self) -> None:
         """One token for every request; one message to every frontend that has one."""
@@ -116,15 +125,26 @@ class StubEngine:
             count = len(request_ids)
             start = random.randrange(_POOL_SIZE - count)
             ended = {request_id: finished[request_id] for request_id in request_ids if request_id in finished}
-            seq, tokens = self._sequence[owner], self._tokens[start : start + count]
-            self._send(owner, Outputs(self._epoch, seq, request_ids, [1] * count, tokens, ended))
+            self._send_outputs(owner, request_ids, [1] * count, self._tokens[start : start + count], ended)
         for request_id in finished:
             del self._requests[request_id]
         self._is_running = bool(self._requests)
 
-    def _send(self, frontend_id: bytes, message: Message) -> None:
-        self._sequence[frontend_id] += 1
-        self._output.send_multipart((frontend_id, encode(message)))
+    def _send_outputs(
+        self,
+        frontend_id: bytes,
+        request_ids: list[str],
+        counts: list[int],
+        tokens: list[int],
+        finished: dict[str, Finished],
+    ) -> None:
+        def outputs(seq: int) -> Message:
+            return Outputs(self._epoch, seq, request_ids, counts, tokens, finished)
+
+        self._publish(frontend_id, self._channels[frontend_id].send(outputs))
+
+    def _publish(self, frontend_id: bytes, frame: bytearray) -> None:
+        self._output.send_multipart((frontend_id, frame))
 
 
 def main() -> None:
