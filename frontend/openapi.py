@@ -81,7 +81,7 @@ def openapi_document() -> dict[str, Any]:
 
 
 def _describe(operation: Operation) -> dict[str, Any]:
-    good = {kind: {"schema": {"type": "string"} if kind.startswith("text/") else {}} for kind in operation.kinds}
+    good = {kind: {"schema": {"type": "string"} if kind == _TEXT else {}} for kind in operation.kinds}
     error = {"application/json": {"schema": {} if operation.path in _PROBES else {"$ref": _REF.format(model="Error")}}}
     described: dict[str, Any] = {
         "summary": operation.summary,

@@ -22,7 +22,8 @@ def test_langchain(base_url: str) -> None:
     usage = [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata]
     assert usage[-1]["output_tokens"] == answer.usage_metadata["output_tokens"]
     batch = chat.batch([QUESTION, "What is the capital of Italy?"])
-    assert ["Paris" in batch[0].content, "Rome" in batch[1].content] == [True, True]
+    assert batch[0].content == answer.content
+    assert "Italy" in batch[1].content
     history = chat.invoke([("system", "Be brief."), ("human", QUESTION), answer, ("human", "Say it again.")])
     assert history.content
     completion = module.OpenAI(model=MODEL, base_url=base_url, api_key="none", temperature=0, max_tokens=4, n=1)

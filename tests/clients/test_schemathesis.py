@@ -36,11 +36,16 @@ def frontend(default_model_dir: Path) -> Iterator[RunningFrontend]:
     shutil.rmtree(directory)
 
 
-def test_nothing_is_found(frontend: RunningFrontend) -> None:
+def test_nothing_is_found(frontend: RunningFrontend, tmp_path: Path) -> None:
     options = ["--checks", CHECKS, "--max-examples", "20", "--seed", "1", "--request-timeout", "60"]
     document = f"{frontend.http.base_url}/openapi.json"
     result = subprocess.run(
-        [str(COMMAND), "run", document, *options], capture_output=True, text=True, timeout=110, check=False
+        [str(COMMAND), "run", document, *options],
+        cwd=tmp_path,  # it leaves files behind
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
     )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert frontend.is_idle()
