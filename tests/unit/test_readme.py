@@ -37,7 +37,7 @@ def test_links_lead_to_files() -> None:
 
 @pytest.mark.parametrize("text", [README, ARCHITECTURE], ids=["readme", "architecture"])
 def test_options_exist(text: str) -> None:
-    others = {"--help", "--config", "--strict", "--requests", "--rounds"}  # of every command, mypy, scripts/numbers
+    others = {"--help", "--config", "--strict", "--requests", "--rounds", "--all"}  # of every command, mypy, scripts/*
     others |= {"--" + name.replace("_", "-") for name in ServeBenchOptions.model_fields}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - others
     assert mentioned
