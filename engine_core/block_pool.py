@@ -6,6 +6,7 @@ every block is   used    referred to by one or more live requests
 """
 
 from collections import OrderedDict
+from collections.abc import Collection
 
 
 class BlockPool:
@@ -26,6 +27,11 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         return self.num_blocks - len(self._unused)
+
+    @property
+    def findable(self) -> Collection[int]:
+        """Blocks whose content can be found again, whether they are used or cached."""
+        return self._block_of_hash.values()
 
     @property
     def num_cached(self) -> int:

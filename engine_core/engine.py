@@ -20,6 +20,7 @@ from engine_core.kv_cache_manager import KVCacheManager
 from engine_core.request import Request
 from engine_core.scheduler import Batch, Scheduler
 from engine_core.stats import EngineCounters
+from engine_core.step_records import StepRecorder
 from minivllm.config import EngineConfig
 from minivllm.errors import DuplicateRequestError
 from minivllm.protocol import EngineFacts, EngineStats, Finished, FinishReason, Logprobs
@@ -70,6 +71,7 @@ class EngineCore:
         self.decision_log = DecisionLog(config.record, config, device) if config.record else None
         if self.decision_log is not None:
             self.runner = self.decision_log.recorded(device.runner)
+        self.records = StepRecorder(self.scheduler, self.kv.pool)
         self._clock = clock
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[_Launched] = deque()
@@ -97,6 +99,7 @@ class EngineCore:
         self.scheduler.add(request)
         if self.decision_log is not None:
             self.decision_log.add(request)
+        self.records.queued(request)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End requests now; unknown ids (finished already) are ignored. Their end comes with the next `step()`."""
@@ -123,7 +126,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """All counters and gauges now."""
-        held = {block for request in self._held_requests() for block in request.block_table}
+        held = {block for request in self.held_requests() for block in request.block_table}
         return self.counters.snapshot(self.scheduler, self.kv, len(held))
 
     def facts(self, pid: int) -> EngineFacts:
@@ -145,7 +148,7 @@ class EngineCore:
 
     def check_integrity(self) -> None:
         """Raise `ValueError` unless blocks, queues and counts reconcile. Call it between steps."""
-        self.kv.check_integrity(self._held_requests())
+        self.kv.check_integrity(self.held_requests())
         queued = {*self.scheduler.prefill_queue, *self.scheduler.decode_queue}
         if queued != set(self._requests.values()):
             raise ValueError(f"{len(queued)} requests queued, {len(self._requests)} known")
@@ -155,7 +158,7 @@ class EngineCore:
                 f"{self.counters.num_submitted} submitted, {num_done} finished, {len(self._requests)} live"
             )
 
-    def _held_requests(self) -> set[Request]:
+    def held_requests(self) -> set[Request]:
         """Requests that may hold blocks: the live ones, and ended ones that a pass in flight still names."""
         in_flight = {request for launched in self._in_flight for request in launched.batch.requests}
         return in_flight | set(self._requests.values())
@@ -164,6 +167,7 @@ class EngineCore:
         now = self._clock()
         for request in batch.started:
             request.first_scheduled_time = request.first_scheduled_time or now
+        self.records.scheduled(batch, now)
         if self.config.log_step_composition:
             logger.info("%s of %d tokens: %s", batch.kind, batch.num_tokens, _composition(batch))
         try:
@@ -194,6 +198,7 @@ class EngineCore:
         tokens = launched.tokens.collect()
         if self.decision_log is not None:
             self.decision_log.tokens(tokens)
+        self.records.collected(launched.batch, self._clock())
         outputs = self._update(launched.batch, tokens)
         if launched.batch.with_logprobs or launched.batch.prompt_spans:
             self._add_logprobs(outputs, launched)
@@ -254,6 +259,7 @@ class EngineCore:
             message=message,
         )
         self.counters.request_finished(request.finish)
+        self.records.finished(request, now)
         return request.finish
 
 

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from engine_core.kv_cache_manager import KVCacheManager
 from engine_core.request import Request, RequestStatus
+from minivllm.engine_view import WaitReason
 
 MAX_PROMPT_LOGITS = 1024  # prompt tokens in one pass that need logits: float32 × vocabulary each
 
@@ -79,6 +80,8 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs))[::-1]
         self._last_kind = "decode"
         self.num_preemptions = 0
+        self.waiting_for: WaitReason | None = None  # what kept the first waiting request out of the last pass
+        self._preempted: list[Request] = []
 
     @property
     def num_running(self) -> int:
@@ -112,6 +115,7 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next pass, or None when nothing can run. Advances `num_computed_tokens` of every request in it."""
         batch = None
+        self.waiting_for = "turn"
         if self._last_kind == "decode":
             batch = self._schedule_prefill()
         batch = batch or self._schedule_decode() or self._schedule_prefill()
@@ -122,6 +126,11 @@ class Scheduler:
             for request in batch.sampled:
                 request.num_pending += 1
         return batch
+
+    def take_preempted(self) -> list[Request]:
+        """The requests preempted since the last call."""
+        preempted, self._preempted = self._preempted, []
+        return preempted
 
     def complete(self, batch: Batch) -> None:
         """`batch` is done on the device: make its blocks findable, release what finished while it was in flight."""
@@ -145,10 +154,12 @@ class Scheduler:
         for request in self.prefill_queue:
             most = min(budget, logits_budget) if request.needs_prompt_logits else budget
             if most == 0 or (request.row < 0 and not self._free_rows):
+                self.waiting_for = "rows" if most else "budget"
                 break
             # Leave a block for each decoding request, so that a new prompt does not force a preemption right away.
             num_tokens = self._kv.allocate_prefill(request, most, reserve=len(self.decode_queue))
             if num_tokens == 0:
+                self.waiting_for = "blocks"
                 break
             logits_budget -= num_tokens if request.needs_prompt_logits else 0
             self._start(request, batch)
@@ -194,6 +205,7 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self.num_preemptions += 1
+        self._preempted.append(request)
         self._release(request)
 
     def _start(self, request: Request, batch: Batch) -> None:

@@ -19,6 +19,7 @@ import zmq
 from engine_core.engine import EngineCore, RequestOutput
 from engine_core.state_dump import describe
 from engine_core.stats import StatsLine
+from engine_core.watching import Watching
 from minivllm import transport
 from minivllm.channel import Channel
 from minivllm.errors import InvalidRequestError, ProtocolError
@@ -31,6 +32,7 @@ from minivllm.protocol import (
     EngineFacts,
     EngineStats,
     Error,
+    Explain,
     Finished,
     FrontendMessage,
     Hello,
@@ -40,6 +42,7 @@ from minivllm.protocol import (
     Ready,
     Released,
     Stats,
+    Watch,
     decode_from_frontend,
     encode,
 )
@@ -89,6 +92,7 @@ class EngineServer:
         self._epoch = time.time_ns()
         self._frontends: dict[bytes, _Frontend] = {}
         self._owners: dict[str, bytes] = {}  # request id → frontend id
+        self._watching = Watching(self._epoch, self._say)
         self._stop = threading.Event()
         self._dump_wanted = threading.Event()
 
@@ -129,6 +133,7 @@ class EngineServer:
                     self._publish_stats()
                 if engine.has_work:
                     self._publish_outputs(engine.step())
+                self._watching.publish(engine)
         except BaseException as error:
             self.close(f"the engine core failed: {type(error).__name__}: {error}")
             raise
@@ -176,6 +181,8 @@ class EngineServer:
             self._send_ready(frontend_id)
         elif not frontend.greeted:  # it speaks to an engine core that is no more, or that has forgotten it
             self._say(frontend_id, Dead(self._epoch, "the engine core does not know this session"))
+        elif isinstance(message, Watch | Explain):
+            self._watching.handle(message, self._engine)
         elif isinstance(message, Ping):
             for frame in frontend.channel.update(message.channel):
                 self._publish(frontend_id, frame)

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from frontend.choices import all_ids
 from frontend.debug import invariants
 from frontend.engine_client import EngineClient
+from frontend.engine_endpoints import EventsEndpoint, RequestTimelineEndpoint, TraceEndpoint
 from frontend.generate import GenerateRenderer
 from frontend.generation import GenerationEndpoint, served_name
 from frontend.health import health, readiness
@@ -25,6 +26,7 @@ from frontend.openai.completions import CompletionRenderer
 from frontend.openai.models import Models
 from frontend.openai.schemas import ChatCompletionRequest, CompletionRequest
 from frontend.openapi import openapi_document
+from frontend.page import page_routes
 from frontend.request_body import parse_body, read_body
 from frontend.request_preparation import prepare_prompts, run_for_size
 from frontend.schemas import DetokenizeRequest, GenerateRequest, TokenizeRequest
@@ -46,15 +48,19 @@ def make_app(config: ServeConfig, engine: EngineClient, tokenizer: Tokenizer, me
         Route("/tokenize", _tokenize(config, engine, tokenizer), methods=["POST"]),
         Route("/detokenize", _detokenize(config, tokenizer), methods=["POST"]),
         Route("/v1/requests/{request_id:path}", _abort(engine), methods=["DELETE"]),
+        Route("/v1/requests/{request_id:path}", RequestTimelineEndpoint(engine).answer),
+        Route("/v1/engine/events", EventsEndpoint(engine, served_name(config)), methods=["GET"]),
         Route("/health", _state(lambda: health(engine))),
         Route("/ping", _state(lambda: health(engine)), methods=["GET", "POST"]),
         Route("/ready", _state(lambda: readiness(engine))),
         Route("/version", _version),
         Route("/metrics", _metrics(metrics)),
         Route("/openapi.json", _json(lambda request: document)),
+        *page_routes(),
     ]
     if config.enable_debug:
         routes.append(Route("/debug/invariants", _state(lambda: invariants(engine))))
+        routes.append(Route("/debug/trace", TraceEndpoint(engine).answer))
     return Starlette(routes=routes, middleware=_middleware(config), exception_handlers=EXCEPTION_HANDLERS)
 
 

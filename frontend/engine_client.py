@@ -13,6 +13,7 @@ import msgspec
 from frontend import recovery
 from frontend.detokenizer import IncrementalDetokenizer
 from frontend.engine_link import EngineLink
+from frontend.engine_watch import EngineWatch, HttpSpan
 from frontend.live_request import LiveRequest
 from frontend.output_stream import OutputStream
 from frontend.tokenizer import Tokenizer
@@ -67,6 +68,7 @@ class EngineClient:
         faults: Faults = NO_FAULTS,
     ) -> None:
         self.link = EngineLink(endpoints, self, ping_interval, engine_timeout, faults)
+        self.watch = EngineWatch(self.link)
         self._tokenizer = tokenizer
         self._observer = observer
         self._max_unfinished = max_unfinished
@@ -90,20 +92,25 @@ class EngineClient:
         """Those that are unfinished."""
         return self._requests.values()
 
-    def check_admission(self) -> EngineFacts:
-        """Facts about the engine core. Raises `NotReadyError`, `EngineDeadError` or `OverloadedError`."""
+    def check_ready(self) -> EngineFacts:
+        """Facts about the engine core. Raises `NotReadyError` or `EngineDeadError`."""
         if self.draining:
             raise NotReadyError("the server is shutting down", retry_after=5)
         if self.link.gone_reason is not None:
             raise EngineDeadError(self.link.gone_reason)
         if self.link.facts is None:
             raise NotReadyError("the model is still loading", retry_after=2)
+        return self.link.facts
+
+    def check_admission(self) -> EngineFacts:
+        """Like `check_ready`. Raises `OverloadedError`, too."""
+        facts = self.check_ready()
         if len(self._requests) >= self._max_unfinished:
             raise OverloadedError(
                 f"{len(self._requests)} requests are unfinished, at most {self._max_unfinished} are allowed "
                 "(--max-num-queued-reqs)"
             )
-        return self.link.facts
+        return facts
 
     @contextmanager
     def generate(
@@ -295,7 +302,11 @@ class EngineClient:
 
     def _forget(self, request: LiveRequest, finished: Finished) -> None:
         del self._requests[request.request_id]
-        self._observer.on_finished(request, finished, time.monotonic())
+        now = time.monotonic()
+        self._observer.on_finished(request, finished, now)
+        self.watch.note_ended(
+            HttpSpan(request.request_id, request.arrival_time, request.first_token_time, now, finished.reason)
+        )
         if not self._requests:
             self._idle.set()
         elif request.num_crashes:  # it was perhaps under trial: the next may go

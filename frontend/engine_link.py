@@ -30,12 +30,14 @@ from minivllm.protocol import (
     EngineMessage,
     EngineStats,
     Error,
+    Explained,
     Hello,
     Outputs,
     Ping,
     Ready,
     Released,
     Stats,
+    View,
 )
 from minivllm.transport import Endpoints
 
@@ -65,7 +67,7 @@ class EngineLink:
     """Create and use it on one event loop. Times in seconds on `time.monotonic`.
 
     facts: set while the engine core is ready. gone_reason: set after it was lost, until it is ready again.
-    stats: what the engine core last said of itself, at stats_time.
+    stats: what the engine core last said of itself, at stats_time. on_view: gets the messages that carry no number.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class EngineLink:
         self._num_failed_pings = 0
         self._task: asyncio.Task[None] | None = None
         self.facts: EngineFacts | None = None
+        self.on_view: Callable[[View | Explained], None] = lambda message: None
         self.stats = EngineStats()
         self.stats_time = -math.inf
         self.num_restarts = 0
@@ -115,6 +118,10 @@ class EngineLink:
             return False
         self._transmit(self._channel.send(lambda seq: make_message(self._frontend_id, seq)))
         return True
+
+    def say(self, make_message: Callable[[bytes], protocol.Message]) -> bool:
+        """Send what `make_message(frontend_id)` returns, a message without a number. False when it cannot be sent."""
+        return self.facts is not None and self._transmit(protocol.encode(make_message(self._frontend_id)))
 
     def lose(self, reason: str, pid: int | None = None) -> None:
         """Give the engine core up (only if it is process `pid`, where given), and look for another."""
@@ -195,6 +202,8 @@ class EngineLink:
             self.stats, self.stats_time = message.stats, time.monotonic()
             for frame in self._channel.update(message.channel):
                 self._transmit(frame)
+        elif isinstance(message, View | Explained):
+            self.on_view(message)
         elif isinstance(message, Dead):
             self.lose(message.reason)
         else:

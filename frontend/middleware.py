@@ -9,8 +9,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from frontend.body import is_request_id
 from frontend.http_errors import error_response
+from frontend.page import STATIC_PREFIX
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})  # probes carry no key
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/"})  # probes carry no key; the page asks its user for it
 
 
 class ApiKeyMiddleware:
@@ -21,13 +22,17 @@ class ApiKeyMiddleware:
         self._expected = f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not _is_open(scope["path"]):
             given = Headers(scope=scope).get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, self._expected):
                 response = error_response(401, "missing or wrong API key", {"WWW-Authenticate": "Bearer"})
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(STATIC_PREFIX)
 
 
 class RequestIdMiddleware:

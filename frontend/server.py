@@ -24,6 +24,7 @@ from frontend.engine_metrics import EngineCollector, ProcessUsage
 from frontend.http_protocol import StreamingHttpProtocol
 from frontend.metrics import ENGINE, FrontendMetrics
 from frontend.tokenizer import Tokenizer
+from frontend.trace_file import TraceFile
 from minivllm.config import ServeConfig
 from minivllm.control import ControlChannel
 from minivllm.diagnostics import dump_stacks_on_signal
@@ -84,10 +85,13 @@ class Frontend:
         self._install_signal_handlers()
         self._control.watch(self._on_control_message, lambda: self._call(self.stop_now))
         self._engine.link.start()
+        trace_file = TraceFile.of(self._config, self._engine)
+        trace_file.start()
         try:
             await self._server.serve(sockets=[self._listener])
         finally:
             self._engine.abort_all()
+            await trace_file.stop()
             await self._engine.link.close()
 
     def stop(self) -> None:

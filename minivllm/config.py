@@ -77,6 +77,9 @@ class FrontendConfig(ModelConfig):
     max_request_bytes: Positive = Field(16 * 1024 * 1024, description="largest request body; larger ones get 413")
     api_key: str | None = Field(None, repr=False, description="key that clients must send as a bearer token")
     allowed_origins: tuple[str, ...] = Field((), description="origins that browsers may call from (CORS)")
+    trace_file: Path | None = Field(
+        None, description="write what the engine does to this file, in the format of Perfetto and Chrome"
+    )
     enable_log_requests: bool = Field(False, description="log each request's id and sizes (never its text)")
 
 

@@ -46,7 +46,7 @@ def serve(
         socket_dir = make_socket_dir(config.socket_dir)
         cleanup.callback(remove_socket_dir, socket_dir)
         Endpoints.in_directory(socket_dir)  # refuses a path that is too long
-        resolved = resolved.model_copy(update={"socket_dir": socket_dir})
+        resolved = resolved.model_copy(update={"socket_dir": socket_dir, "api_server_count": count})
         progress.update(f"Starting {_short_name(config)}")
         engine, frontends = _child_specs(resolved, listeners, engine_command, frontend_command)
         supervisor = Supervisor(

@@ -10,7 +10,9 @@ garbage, truncated, damaged or hostile frames raise `ProtocolError` and nothing 
     # Abort   forget these requests            # Error     a request was refused before it was admitted
       Ping    my lease                         # Released  requests freed because their frontend was silent
                                                  Stats     heartbeat, with every number of /metrics
-                                                 Dead      this session is over, and why
+      Watch   show me what you do, for a while   Dead      this session is over, and why
+      Explain what happened to this request?     View      the latest steps, for those who watch
+                                                 Explained the answer, None for an unknown request
 
 Those marked # are numbered (`seq`) and arrive once and in order (channel.py); the others may be lost or repeated.
 `frontend_id` names one session: a frontend that lost the engine core takes a new id, so nothing of the old session can
@@ -24,6 +26,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from minivllm.engine_view import EngineView, RequestTimeline
 from minivllm.errors import ProtocolError
 from minivllm.sampling_params import SamplingParams, TokenId
 
@@ -35,6 +38,7 @@ MAX_REQUEST_ID = 300  # characters: what a client may choose (256), and what a f
 FrontendId = Annotated[bytes, Meta(min_length=FRONTEND_ID_BYTES, max_length=FRONTEND_ID_BYTES)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=MAX_REQUEST_ID)]
 Counter = Annotated[int, Meta(ge=0)]
+WATCH_SECONDS = 5.0
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -237,8 +241,31 @@ class Released(Message, frozen=True, tag=21):
     request_ids: list[RequestId]
 
 
-FrontendMessage = Hello | Add | Abort | Ping
-EngineMessage = Ready | Outputs | Error | Stats | Dead | Released
+class Watch(Message, frozen=True, tag=8):
+    """Send views for `WATCH_SECONDS`; said again to go on. at_once: one now, even if nothing has happened."""
+
+    frontend_id: FrontendId
+    at_once: bool = False
+
+
+class Explain(Message, frozen=True, tag=9):
+    frontend_id: FrontendId
+    request_id: RequestId
+
+
+class View(Message, frozen=True, tag=24):
+    epoch: Counter
+    view: EngineView
+
+
+class Explained(Message, frozen=True, tag=25):
+    epoch: Counter
+    request_id: RequestId
+    timeline: RequestTimeline | None
+
+
+FrontendMessage = Hello | Add | Abort | Ping | Watch | Explain
+EngineMessage = Ready | Outputs | Error | Stats | Dead | Released | View | Explained
 
 _T = TypeVar("_T")
 _HEAD = struct.Struct(">BBI")  # version, msgpack's mark of a 32-bit integer, the checksum

@@ -15,6 +15,7 @@ import zmq
 from msgspec import Struct
 
 from minivllm.channel import Channel
+from minivllm.engine_view import EngineView, RequestTimeline
 from minivllm.protocol import (
     FRONTEND_ID_BYTES,
     Abort,
@@ -23,6 +24,8 @@ from minivllm.protocol import (
     EngineFacts,
     EngineStats,
     Error,
+    Explain,
+    Explained,
     Finished,
     FinishReason,
     FrontendMessage,
@@ -35,6 +38,8 @@ from minivllm.protocol import (
     Ready,
     Released,
     Stats,
+    View,
+    Watch,
     decode_from_frontend,
     encode,
 )
@@ -78,7 +83,8 @@ class FakeEngine:
     script: the output of a request; step_seconds: pause between steps; tokens_per_step: for each request.
     holding: requests are admitted but nothing comes; silent: not even heartbeats; refusal: answer to every Add.
     failure: how the first step of every request ends; num_allowed: steps to make before holding (None: no limit).
-    lose_next: this many outputs get lost on their way, at first. adds, aborted, num_pings: what was received.
+    lose_next: this many outputs get lost on their way, at first. timelines: answers to Explain.
+    adds, aborted, num_pings, num_watches: what was received.
     """
 
     def __init__(self, socket_dir: Path, vocab_size: int = 1000, max_model_len: int = 256) -> None:
@@ -106,6 +112,8 @@ class FakeEngine:
         self.adds: dict[str, Add] = {}
         self.aborted: list[str] = []
         self.num_pings = 0
+        self.num_watches = 0
+        self.timelines: dict[str, RequestTimeline] = {}
         self._requests: dict[str, FakeRequest] = {}
         self._channels: dict[bytes, Channel[Add | Abort]] = {}
         self._greeted: set[bytes] = set()
@@ -152,6 +160,10 @@ class FakeEngine:
     def send_raw(self, frame: bytes) -> None:
         """Send `frame` to every frontend at the next step."""
         self._raw.append(frame)
+
+    def show(self, view: EngineView) -> None:
+        """Send `view` to every frontend at the next step, whether it watches or not."""
+        self.send_raw(bytes(encode(View(self.epoch, view))))
 
     def _run(self) -> None:
         with zmq.Context() as context:
@@ -205,6 +217,11 @@ class FakeEngine:
                         self._add(next_message)
                     else:
                         self._abort(next_message.request_ids)
+            case Watch():
+                self.num_watches += 1
+            case Explain():
+                answer = Explained(self.epoch, message.request_id, self.timelines.get(message.request_id))
+                self._say(message.frontend_id, answer)
 
     def _add(self, add: Add) -> None:
         self.adds[add.request_id] = add

@@ -1,6 +1,7 @@
 """The wire format: what is said arrives, any msgpack library reads it, and garbage is only a `ProtocolError`."""
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivllm import protocol
+from minivllm.engine_view import BlockMap, Preemption, RequestTimeline
 from minivllm.errors import ProtocolError
 from minivllm.protocol import (
     PROTOCOL_VERSION,
@@ -21,6 +23,8 @@ from minivllm.protocol import (
     EngineMessage,
     EngineStats,
     Error,
+    Explain,
+    Explained,
     Finished,
     FrontendMessage,
     Hello,
@@ -31,11 +35,14 @@ from minivllm.protocol import (
     Ready,
     Released,
     Stats,
+    View,
+    Watch,
     decode_from_engine,
     decode_from_frontend,
     encode,
 )
 from minivllm.sampling_params import SamplingParams
+from tests.support import views
 
 FRONTEND = b"front-01"
 PARAMS = SamplingParams(
@@ -48,12 +55,23 @@ PARAMS = SamplingParams(
     max_tokens=None,
 )
 FACTS = EngineFacts(1, "m", "cpu", "float32", 320, 256, 4, 16, 40, 512, 10**12, [2])
+TIMELINE = RequestTimeline(
+    request_id="a", status="waiting", age=1.5, num_prompt_tokens=3, num_output_tokens=0, max_total_tokens=9,
+    num_cached_tokens=0, waiting_for="rows", waited={"rows": 1.5}, preemptions=[Preemption(0.5, 4, None)],
+)  # fmt: skip
+VIEW = views.view(
+    3.0,
+    [views.prefill(1, 2.0, 7, 0, 5), views.decode(2, 2.5, None, finished={7: "stop"})],
+    [views.row(7, "r")],
+)
 FRONTEND_MESSAGES: list[FrontendMessage] = [
     Hello(FRONTEND),
     Add(FRONTEND, 1, "request-é", [0, 1, 2**31 - 1], PARAMS, [5]),
     Add(FRONTEND, 2, "r" * 256, [1] * 5000, SamplingParams()),
     Abort(FRONTEND, 3, ["a", "b"]),
     Ping(FRONTEND, ChannelState(2**40, 3, 1)),
+    Watch(FRONTEND, at_once=True),
+    Explain(FRONTEND, "a"),
 ]
 ENGINE_MESSAGES: list[EngineMessage] = [
     Ready(2**62, FACTS),
@@ -73,7 +91,15 @@ ENGINE_MESSAGES: list[EngineMessage] = [
     Stats(1, ChannelState(4), EngineStats(num_requests_running=2, histograms={"h": Histogram([1.0], [2, 3], 4.5)})),
     Dead(1, "stopped"),
     Released(1, 5, ["a"]),
+    View(1, VIEW),
+    Explained(1, "a", None),
+    Explained(1, "a", TIMELINE),
 ]
+COLUMNS_THAT_DO_NOT_FIT = (
+    lambda: views.prefill(1, 2.0, 7, 0, 5, counts=[]),
+    lambda: views.decode(1, 2.0, [7], starts=[3]),
+    lambda: BlockMap(8, 1, [8], [0], [], 0, 0, 8),
+)
 FRAMES = [bytes(encode(message)) for message in (*FRONTEND_MESSAGES, *ENGINE_MESSAGES)]
 
 
@@ -123,6 +149,12 @@ def test_engine_messages_survive_the_wire(message: EngineMessage) -> None:
     assert decode_from_engine(frame) == message
     with pytest.raises(ProtocolError):
         decode_from_frontend(frame)
+
+
+@pytest.mark.parametrize("make", COLUMNS_THAT_DO_NOT_FIT)
+def test_columns_of_a_view_must_fit_together(make: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="columns"):
+        make()
 
 
 def test_any_msgpack_library_can_read_a_frame() -> None:
