@@ -8,20 +8,12 @@ long. A sum is made in the same order however many rows there are, so an output 
 of the loops is that of BLIS (Van Zee and van de Geijn, ACM TOMS 2015).
 """
 
-import os
 from typing import Any
 
-from minivllm.cache import cache_dir
-
-# numba reads both when it is imported. Its own thread pool wakes up 20 times slower than OpenMP's.
-os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba"))
-os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
-
-import numba
 from llvmlite import binding, ir
-from numba import njit, prange
 from numba.core import cgutils, types
-from numba.extending import intrinsic
+
+from engine_core.cpu_jit import intrinsic, njit, prange
 
 _WIDE = bool(binding.get_host_cpu_features().get("avx512f", False))
 _WIDTH = 16 if _WIDE else 8  # float32 numbers in a vector; LLVM splits it where registers are smaller
@@ -137,8 +129,3 @@ def linear(x: Any, panels: Any, bias: Any, y: Any) -> None:
             row += 2
         if row < num_rows:
             _tile_of_1(x, panels, bias, y, row, panel)
-
-
-def set_num_threads(count: int) -> None:
-    """Share every product among `count` threads, or as many as numba started with."""
-    numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]

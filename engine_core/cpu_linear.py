@@ -42,9 +42,9 @@ def pack_linears(model: PreTrainedModel) -> int:
     """Replace every linear of a float32 model on a CPU; returns how many. Undone when the logits would change."""
     if model.device.type != "cpu" or model.dtype != torch.float32:
         return 0
-    from engine_core import cpu_kernels
+    from engine_core.cpu_jit import set_num_threads
 
-    cpu_kernels.set_num_threads(torch.get_num_threads())
+    set_num_threads(torch.get_num_threads())
     before = _logits(model)
     originals: list[tuple[nn.Module, str, Any]] = [
         (parent, name, child)

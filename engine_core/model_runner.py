@@ -92,14 +92,18 @@ class ModelRunner:
         """One token for every request of `batch`: token ids [num_reqs]."""
         rows = self.rows.rows_of(batch.requests)
         positions = self.rows.lengths[rows] - 1
-        metadata = DecodeMetadata(
-            slot_mapping=self.rows.slots(rows, positions, self.pool.block_size),
-            block_size=self.pool.block_size,
-            block_tables=self.rows.block_table[rows],
-            context_lens=[start + 1 for start in batch.starts],
-        )
+        metadata = self._decode_metadata(rows, positions, [start + 1 for start in batch.starts])
         logits = self.forward(self.rows.last_token[rows], positions, metadata)
         return self._sampled(logits, self.rows.sample(logits, batch, rows), batch)
+
+    def _decode_metadata(self, rows: Tensor, positions: Tensor, context_lens: list[int]) -> AttentionMetadata:
+        block_tables = self.rows.block_table[rows]
+        if self.device.type == "cpu" and self.pool.layout.dtype == torch.float32:
+            from engine_core.attention.cpu_decode import CpuDecode  # numba: not needed on a GPU
+
+            return CpuDecode(block_tables, context_lens)
+        slots = self.rows.slots(rows, positions, self.pool.block_size)
+        return DecodeMetadata(slots, self.pool.block_size, block_tables, context_lens)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, logits_index: Tensor | None = None

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine_core.attention.paged import ForwardContext, PagedLayer, paged_attention
+from engine_core.attention.cpu_decode import CpuDecode
+from engine_core.attention.paged import AttentionMetadata, ForwardContext, PagedLayer, paged_attention
 from engine_core.attention.torch_backend import DecodeMetadata, PrefillMetadata, PrefillSpan
 
 HEAD_DIM = 8
@@ -76,9 +77,7 @@ class Pool:
         self.layer.key_cache.flatten(0, 1)[slots] = self.histories[request][0][:num_tokens]
         self.layer.value_cache.flatten(0, 1)[slots] = self.histories[request][1][:num_tokens]
 
-    def attend(
-        self, metadata: PrefillMetadata | DecodeMetadata, query: Tensor, parts: list[tuple[int, int, int]]
-    ) -> Tensor:
+    def attend(self, metadata: AttentionMetadata, query: Tensor, parts: list[tuple[int, int, int]]) -> Tensor:
         """The output [num_tokens, num_heads, head_dim] for (request, start, end) `parts` of one pass."""
         key, value = (
             torch.cat([self.histories[request][which][start:end] for request, start, end in parts]) for which in (0, 1)
@@ -139,8 +138,11 @@ def test_decode_of_very_different_lengths(case: Case, block_size: int) -> None:
     parts = [(request, length - 1, length) for request, length in enumerate(lengths)]
     slots = torch.cat([pool.slots(*part) for part in parts])
     query = torch.randn(len(lengths), case.num_heads, HEAD_DIM, generator=pool.generator)
+    pool.check(pool.attend(CpuDecode(pool.block_tables, lengths), query, parts), query, parts)
+    stored = pool.layer.key_cache.clone()
     metadata = DecodeMetadata(slots, block_size, pool.block_tables, lengths)
     pool.check(pool.attend(metadata, query, parts), query, parts)
+    assert torch.equal(pool.layer.key_cache, stored)
 
 
 def test_one_pass_serves_layers_with_different_windows() -> None:
