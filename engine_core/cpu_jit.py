@@ -1,6 +1,7 @@
 """numba, told before it is imported where to keep what it compiles and how to run threads."""
 
 import os
+from typing import Any
 
 from minivllm.cache import cache_dir
 
@@ -8,8 +9,10 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba"))
 os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")  # its own pool wakes up 20 times slower
 
 import numba
+import numba.extending
 from numba import njit, prange
-from numba.extending import intrinsic
+
+intrinsic: Any = numba.extending.intrinsic  # what it decorates is called with other arguments than it has
 
 __all__ = ["intrinsic", "njit", "prange", "set_num_threads"]
 

@@ -45,8 +45,8 @@ def _exp(x: Any) -> Any:
     shifted = t + _ROUND
     f = t - (shifted - _ROUND)
     fraction = np.float32(1.0) + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
-    exponent = (_bits(shifted) - int32(_ROUND_BITS)) << int32(23)  # type: ignore[call-arg]
-    return fraction * _from_bits(int32(exponent))  # type: ignore[call-arg]
+    exponent = (_bits(shifted) - int32(_ROUND_BITS)) << int32(23)
+    return fraction * _from_bits(int32(exponent))
 
 
 @njit(fastmath=True, cache=True)
