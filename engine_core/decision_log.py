@@ -1,7 +1,7 @@
 """Writes down every scheduling decision and everything that feeds it, one JSON line each: `--record FILE`.
 
 engine   the sizes that decide                           tokens   what the device sampled, in the order of `sampled`
-add      a request that was admitted                     fail     the launch before, or the oldest in flight, had no memory
+add      a request that was admitted                     fail     the launch before, or the oldest in flight, failed
 abort    requests that were ended from outside           step     `EngineCore.step` begins; what follows is of that step
 launch   the decision: who computes which tokens, and which blocks were given for them
 

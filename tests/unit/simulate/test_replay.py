@@ -15,7 +15,7 @@ from tests.support.fake_runner import make_fake_engine
 
 
 def record(path: Path, depth: int, fail: str = "") -> None:
-    """A crowded run: shared prefixes, preemption in a small pool, chunks, a stop token, an abort, maybe a shortage of memory."""
+    """A crowded run: shared prefixes, preemption in a small pool, chunks, a stop token, an abort, maybe a failure."""
     engine, runner = make_fake_engine(
         depth,
         record=path,
