@@ -72,7 +72,7 @@ class GuardedProtocol(StreamingHttpProtocol):
             self._refuse(408, f"the {part} did not arrive within {self.request_timeout:g} s (--request-timeout)")
 
     def _is_answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        return self.cycle is not None and not self.cycle.response_complete  # type: ignore[redundant-expr]
 
     def _cancel_deadline(self) -> None:
         if self._deadline is not None:
