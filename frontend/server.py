@@ -20,6 +20,7 @@ import uvicorn
 from frontend.app import make_app
 from frontend.connection_limits import guarded_protocol
 from frontend.debug import log_state
+from frontend.descriptors import connections_that_fit
 from frontend.engine_client import EngineClient
 from frontend.engine_metrics import EngineCollector, ProcessUsage
 from frontend.metrics import ENGINE, FrontendMetrics
@@ -180,7 +181,7 @@ class _Server(uvicorn.Server):
 def _uvicorn_config(app: Any, config: ServeConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=guarded_protocol(config.request_timeout, config.limit_concurrency),
+        http=guarded_protocol(config.request_timeout, connections_that_fit(config.limit_concurrency)),
         ws="none",
         lifespan="off",
         log_config=None,

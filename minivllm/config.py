@@ -79,7 +79,9 @@ class FrontendConfig(ModelConfig):
         30.0, gt=0, description="seconds for a client to send the headers of a request, and as many for its body"
     )
     limit_concurrency: Positive = Field(
-        8192, description="most open connections of one frontend; more are refused with 503"
+        8192,
+        description="most open connections of one frontend, as far as there are file descriptors; more are refused "
+        "with 503",
     )
     api_key: str | None = Field(None, repr=False, description="key that clients must send as a bearer token")
     allowed_origins: tuple[str, ...] = Field((), description="origins that browsers may call from (CORS)")

@@ -1,12 +1,15 @@
 """Clients that mean harm, against a real frontend: refused or dropped, and nobody else notices."""
 
 import json
+import logging
 import random
 import re
 import socket
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +22,7 @@ from tests.unit.frontend.running import TIMEOUT, RunningFrontend, read_until
 
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\n"
 BODY = json.dumps({"prompt": "hello world", "max_tokens": 2, "stream": False}).encode()
+MAX_GROWTH = 64 * 2**20  # 64 KiB a request: what is kept for good is far more or far less
 Start = Callable[..., RunningFrontend]
 
 
@@ -72,7 +76,7 @@ def test_fuzzed_requests_are_refused_and_others_are_served(engine: FakeEngine, f
     process, rng = psutil.Process(), random.Random(1)
     payloads = [fuzz(rng) for _ in range(1000)]
     talk(frontend, payloads[0])
-    num_fds = process.num_fds()
+    num_fds, memory = process.num_fds(), process.memory_info().rss
     with ThreadPoolExecutor(8) as pool:
         answers = pool.map(lambda payload: talk(frontend, payload), payloads)
         good = [frontend.generate(prompt="hello world", max_tokens=5, stream=False) for _ in range(20)]
@@ -82,6 +86,7 @@ def test_fuzzed_requests_are_refused_and_others_are_served(engine: FakeEngine, f
     assert statuses["400"] > 500
     assert frontend.is_idle()
     assert process.num_fds() <= num_fds + 2  # the pool of the good client
+    assert process.memory_info().rss < memory + MAX_GROWTH
 
 
 @pytest.mark.parametrize(("part", "payload"), [("headers", b""), ("headers", HEAD), ("body", request(BODY)[:-5])])
@@ -148,7 +153,36 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["param"] in given
-    assert re.fullmatch(rf"{error['param']} has 104857\d\d characters, but 256 tokens .* at most \d+", error["message"])
+    assert re.fullmatch(
+        rf"{error['param']} has 1048\d{{4}} characters, but 256 tokens .* at most \d+", error["message"]
+    )
+
+
+def test_no_text_reaches_the_log(engine: FakeEngine, start_frontend: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """Of requests that are served, refused, malformed, cut off or left, at every endpoint, with all that is logged."""
+    frontend = start_frontend(enable_log_requests=True)
+    frontend.wait_until_ready()
+    secret = "hello-secret"
+    bodies: list[dict[str, Any]] = [
+        {"prompt": secret, "max_tokens": 2},
+        {"prompt": secret, "max_tokens": 2, "stream": True},
+        {"prompt": secret * 1_000_000},
+        {"prompt": [secret]},
+        {"prompt": secret, "stop": [secret] * 65},
+        {secret: secret},
+        {"messages": [{"role": "user", "content": secret}], "max_tokens": 2},
+        {"messages": [{"role": secret, "content": secret}]},
+        {"messages": secret, "tokens": [secret]},
+    ]
+    with caplog.at_level(logging.DEBUG):
+        for path, body in product(sorted(path for method, path in frontend.routes() if method == "post"), bodies):
+            frontend.http.post(path, json=body)
+        for payload in (request(secret.encode()), request(b'{"prompt": "' + secret.encode()), secret.encode()):
+            talk(frontend, payload)
+        frontend.open_raw(prompt=secret, max_tokens=50).close()
+        assert frontend.is_idle()
+    assert sum("prompt tokens, max_tokens" in message for message in caplog.messages) >= 6
+    assert "secret" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
