@@ -99,6 +99,7 @@ class Fail(Recorded, frozen=True):
 
     error: str
     message: str
+    at: Literal["launch", "collect"] = "launch"
 
 
 Entry = Engine | Add | Abort | Step | Launch | Tokens | Fail
@@ -143,9 +144,9 @@ class DecisionLog:
         """The oldest pass in flight brought these."""
         self.write(Tokens(token_ids))
 
-    def fail(self, error: str, message: str) -> None:
-        """The pass launched before, or the oldest in flight, failed."""
-        self.write(Fail(error, message))
+    def fail_collect(self, detail: str) -> None:
+        """There was no memory to collect the oldest pass in flight."""
+        self.write(Fail("MemoryError", detail, "collect"))
 
     def recorded(self, runner: Runner) -> "RecordedRunner":
         """`runner`, with every launch written down."""
@@ -174,7 +175,7 @@ class RecordedRunner:
         try:
             return self.runner.launch(batch)
         except Exception as error:
-            self.log.fail(type(error).__name__, str(error))
+            self.log.write(Fail(type(error).__name__, str(error)))
             raise
 
     def release_memory(self) -> None:

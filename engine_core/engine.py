@@ -180,7 +180,7 @@ class EngineCore:
         tokens = attempt(launched.tokens.collect)
         if isinstance(tokens, Shortage):  # later passes build on this one
             if self.decision_log is not None:
-                self.decision_log.fail("Shortage", tokens.detail)
+                self.decision_log.fail_collect(tokens.detail)
             failed = [later.batch for later in self._in_flight]
             self._in_flight.clear()
             return self._recover(tokens, failed)

@@ -138,7 +138,7 @@ class _ReplayRunner:
         if entry != launch:
             raise self._cursor.difference(f"the replay decides otherwise\n  replay: {_show(launch)}")
         following = self._cursor.peek()
-        if isinstance(following, Fail):
+        if isinstance(following, Fail) and following.at == "launch":
             self._cursor.take()
             raise MemoryError(following.message)
         return _ReplayedTokens(self, len(batch.sampled))
