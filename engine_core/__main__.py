@@ -7,15 +7,22 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minivllm import transport
 from minivllm.config import EngineConfig, ServeConfig
 from minivllm.control import ControlChannel
 from minivllm.diagnostics import Watchdog, dump_stacks_on_signal
 from minivllm.errors import StartupError
+from minivllm.faults import Faults
 from minivllm.logs import setup_logging
 from minivllm.options import load_config
+
+if TYPE_CHECKING:
+    from engine_core.device import Device
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +54,6 @@ def _serve(config: ServeConfig, control: ControlChannel) -> None:
     # OpenMP reads it when torch loads it. Threads that spin while they wait for each other made a step 25 times
     # slower beside one other busy process; asleep, they cost a third of the speed when alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    import torch
-
     from engine_core.engine import EngineCore  # seconds of imports: only now that a dead launcher is noticed
     from engine_core.server import EngineServer
     from engine_core.stats import StatsLine
@@ -75,7 +80,12 @@ def _serve(config: ServeConfig, control: ControlChannel) -> None:
         signal.signal(number, lambda *_: server.stop())
     try:
         directory = resolve_model(config)
-        engine = EngineCore(engine_config(config), directory, lambda detail: _report(control, detail))
+        engine = EngineCore(
+            engine_config(config),
+            directory,
+            lambda detail: _report(control, detail),
+            load=partial(_load_device, config.faults),
+        )
     except BaseException as error:
         server.close(f"the engine core could not start: {error}")
         raise
@@ -85,9 +95,6 @@ def _serve(config: ServeConfig, control: ControlChannel) -> None:
         facts.device, facts.dtype, facts.num_blocks, facts.block_size, facts.max_model_len, socket_dir,
     )  # fmt: skip
     control.report("ready", pid=facts.pid, num_blocks=facts.num_blocks, max_model_len=facts.max_model_len)
-    if config.inject_faults:
-        launch = config.faults.disturb_steps(engine.runner.launch, lambda: torch.OutOfMemoryError("injected"))
-        setattr(engine.runner, "launch", launch)  # noqa: B010 - a method, as far as types are concerned
     try:
         server.run(engine, facts)
     finally:
@@ -97,6 +104,18 @@ def _serve(config: ServeConfig, control: ControlChannel) -> None:
 def engine_config(config: ServeConfig) -> EngineConfig:
     """The engine core's part of all options."""
     return EngineConfig.model_validate(config.model_dump(include=set(EngineConfig.model_fields)))
+
+
+def _load_device(faults: Faults, config: EngineConfig, directory: Path, report: Callable[[str], None]) -> "Device":
+    """The device, below everything that watches it, with the faults of steps."""
+    import torch
+
+    from engine_core.device import load_device
+
+    device = load_device(config, directory, report)
+    launch = faults.disturb_steps(device.runner.launch, lambda: torch.OutOfMemoryError("injected"))
+    setattr(device.runner, "launch", launch)  # noqa: B010 - a method, as far as types are concerned
+    return device
 
 
 def _report(control: ControlChannel, detail: str) -> None:

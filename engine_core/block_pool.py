@@ -43,7 +43,7 @@ class BlockPool:
             raise ValueError(f"{count} blocks asked for, {len(self._unused)} unused")
         blocks = [self._unused.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
-            self._forget(block)
+            self.forget(block)
             self._ref_counts[block] = 1
         return blocks
 
@@ -77,10 +77,17 @@ class BlockPool:
                 if self._hashes[block] is None:
                     self._unused.move_to_end(block, last=False)
 
+    def forget(self, block: int) -> None:
+        """Make the content of `block` unfindable; references stay."""
+        block_hash = self._hashes[block]
+        if block_hash is not None:
+            del self._block_of_hash[block_hash]
+            self._hashes[block] = None
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached content; references stay."""
         for block in list(self._block_of_hash.values()):
-            self._forget(block)
+            self.forget(block)
 
     def check_integrity(self, expected_ref_counts: dict[int, int]) -> None:
         """Raise `ValueError` unless references, free list and index agree with the tables of all live requests."""
@@ -94,9 +101,3 @@ class BlockPool:
         hashes = {block: block_hash for block, block_hash in enumerate(self._hashes) if block_hash is not None}
         if index != hashes:
             raise ValueError("the prefix cache's index and its blocks disagree")
-
-    def _forget(self, block: int) -> None:
-        block_hash = self._hashes[block]
-        if block_hash is not None:
-            del self._block_of_hash[block_hash]
-            self._hashes[block] = None

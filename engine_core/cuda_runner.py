@@ -6,9 +6,10 @@ prefill   tokens ─▶ [ model ─▶ logits of last tokens ] ─▶ sample, ad
                                                                                would take longer than computing
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +21,15 @@ from engine_core.compilation import compile_layers, decoder_layers
 from engine_core.kv_pool import KVPool
 from engine_core.model_loader import LoadedModel
 from engine_core.model_runner import ModelRunner, SampledTokens
+from engine_core.out_of_memory import Shortage, attempt, release_cached_memory
 from engine_core.prefill_inputs import PrefillInputs
 from engine_core.scheduler import Batch
 from engine_core.triton_linear import speed_up_small_batches
 from engine_core.triton_sampler import sample_and_advance
 
+logger = logging.getLogger(__name__)
+
+_Graph = TypeVar("_Graph")
 _PREFILL_BUCKETS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens
 _COMPILE_TOKENS = 2048  # tokens of the pass that inductor sees first and chooses its kernels for
 
@@ -94,10 +99,10 @@ class CudaRunner(ModelRunner):
         with torch.cuda.stream(stream):
             for done, size in enumerate(sizes):
                 report(f"capturing decode graphs {done + 1}/{len(sizes)} (batch size {size})")
-                self._decode_graphs[size] = self._capture_decode(size, pool)
+                _capture(self._decode_graphs, size, lambda size: self._capture_decode(size, pool))
             for size in reversed(_PREFILL_BUCKETS):
                 report(f"capturing prefill graphs ({size} tokens)")
-                self._prefill_graphs[size] = self._capture_prefill(size, pool)
+                _capture(self._prefill_graphs, size, lambda size: self._capture_prefill(size, pool))
         torch.cuda.synchronize()
 
     @torch.inference_mode()
@@ -121,8 +126,8 @@ class CudaRunner(ModelRunner):
         num_reqs = len(batch.requests)
         size = next((size for size in reversed(self._decode_graphs) if size >= num_reqs), num_reqs)
         rows = self._send_rows([request.row for request in batch.requests], size)
-        if self._decode_graphs:
-            captured = self._decode_graphs[size]
+        captured = self._decode_graphs.get(size)
+        if captured is not None:
             captured.graph.replay()
             logits, tokens = captured.logits, captured.tokens
         else:
@@ -157,6 +162,7 @@ class CudaRunner(ModelRunner):
         """The rows [size] of a pass, padded with the scratch row; sent only when they differ from the last pass."""
         padded = rows + [self.rows.scratch_row] * (size - len(rows))
         if padded != self._rows_sent:
+            self._rows_sent = []  # unknown, should the copy fail
             self._row_buffer[:size].copy_(torch.tensor(padded).pin_memory(), non_blocking=True)
             self._rows_sent = padded
         return self._row_buffer[:size]
@@ -224,6 +230,16 @@ def _to_host(tensor: Tensor) -> Tensor:
     """A copy in pinned memory that is there once the work launched so far is done."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+def _capture(graphs: dict[int, _Graph], size: int, capture: Callable[[int], _Graph]) -> None:
+    """Add the graph of one size; without memory for it such passes run without a graph."""
+    captured = attempt(lambda: capture(size))
+    if isinstance(captured, Shortage):
+        release_cached_memory()
+        logger.warning("no memory for the graph of size %d (%s): such passes run without", size, captured.detail)
+    else:
+        graphs[size] = captured
 
 
 def _max_prompts(num_tokens: int) -> int:

@@ -1,7 +1,7 @@
 """Writes down every scheduling decision and everything that feeds it, one JSON line each: `--record FILE`.
 
 engine   the sizes that decide                           tokens   what the device sampled, in the order of `sampled`
-add      a request that was admitted                     fail     the device could not run the pass launched before
+add      a request that was admitted                     fail     the launch before, or the oldest in flight, failed
 abort    requests that were ended from outside           step     `EngineCore.step` begins; what follows is of that step
 launch   the decision: who computes which tokens, and which blocks were given for them
 
@@ -95,10 +95,11 @@ class Tokens(Recorded, frozen=True):
 
 
 class Fail(Recorded, frozen=True):
-    """The pass could not be launched."""
+    """The pass launched before could not be launched, or the oldest in flight not be collected."""
 
     error: str
     message: str
+    at: Literal["launch", "collect"] = "launch"
 
 
 Entry = Engine | Add | Abort | Step | Launch | Tokens | Fail
@@ -143,6 +144,10 @@ class DecisionLog:
         """The oldest pass in flight brought these."""
         self.write(Tokens(token_ids))
 
+    def fail_collect(self, detail: str) -> None:
+        """There was no memory to collect the oldest pass in flight."""
+        self.write(Fail("MemoryError", detail, "collect"))
+
     def recorded(self, runner: Runner) -> "RecordedRunner":
         """`runner`, with every launch written down."""
         return RecordedRunner(runner, self, self._block_size)
@@ -172,3 +177,7 @@ class RecordedRunner:
         except Exception as error:
             self.log.write(Fail(type(error).__name__, str(error)))
             raise
+
+    def release_memory(self) -> None:
+        """See `Runner`."""
+        self.runner.release_memory()

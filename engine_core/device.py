@@ -15,6 +15,7 @@ from engine_core.admission import choose_max_model_len
 from engine_core.kv_pool import KVLayout, KVPool, choose_num_blocks
 from engine_core.model_loader import LoadedModel, ModelFacts, load_model, measure_activation_bytes
 from engine_core.model_runner import ModelRunner
+from engine_core.out_of_memory import explained_at_startup
 from engine_core.request import Request
 from engine_core.scheduler import Batch
 from minivllm.config import EngineConfig
@@ -58,6 +59,9 @@ class Runner(Protocol):
     def launch(self, batch: Batch) -> LaunchedTokens:
         """Start `batch` and return without waiting for it. Raises when the device has no memory for it."""
 
+    def release_memory(self) -> None:
+        """Give back all memory that was allocated on demand. Only while no request runs."""
+
 
 @dataclass(slots=True)
 class WatchedRunner:
@@ -70,6 +74,10 @@ class WatchedRunner:
         """See `Runner`."""
         self.on_launch(batch)
         return self.runner.launch(batch)
+
+    def release_memory(self) -> None:
+        """See `Runner`."""
+        self.runner.release_memory()
 
 
 @dataclass(slots=True)
@@ -87,16 +95,20 @@ class Device:
 def load_device(config: EngineConfig, directory: Path, report: Report) -> Device:
     """Load the model in `directory` and warm it up. `report` is told what goes on. Raises `StartupError`."""
     report("loading the weights")
-    model = load_model(config, directory)
+    with explained_at_startup("the weights", "choose a smaller model or --dtype"):
+        model = load_model(config, directory)
     device = model.device
     max_num_batched_tokens = config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS[device.type]
     report("sizing the KV cache")
-    activation_bytes = measure_activation_bytes(model, max_num_batched_tokens, config.max_num_seqs)
-    num_blocks = choose_num_blocks(config, model.layout, device, activation_bytes)
+    num_blocks = _choose_num_blocks(config, model, max_num_batched_tokens)
     max_model_len = choose_max_model_len(config, model, num_blocks)
-    kv_pool = KVPool(model.layout, num_blocks, config.block_size, device)
-    runner = _make_runner(config, model, kv_pool, max_model_len)
-    runner.warm_up(report)
+    with explained_at_startup(
+        f"{num_blocks} KV cache blocks", "lower --gpu-memory-utilization, --kv-cache-memory-bytes or --max-num-seqs"
+    ):
+        kv_pool = KVPool(model.layout, num_blocks, config.block_size, device)
+        runner = _make_runner(config, model, kv_pool, max_model_len)
+    with explained_at_startup("compiled layers", "lower --gpu-memory-utilization or choose --enforce-eager"):
+        runner.warm_up(report)
     return Device(model, kv_pool, runner, max_model_len, max_num_batched_tokens, 1 if device.type == "cuda" else 0)
 
 
@@ -124,6 +136,15 @@ def model_free_device(
     )
     kv_pool = KVPool(layout, num_blocks, block_size, cpu)
     return Device(model, kv_pool, runner, max_model_len, max_num_batched_tokens, depth)
+
+
+def _choose_num_blocks(config: EngineConfig, model: LoadedModel, max_num_batched_tokens: int) -> int:
+    with explained_at_startup(
+        f"a pass of {max_num_batched_tokens} tokens",
+        f"lower --max-num-batched-tokens ({max_num_batched_tokens}) or --max-num-seqs ({config.max_num_seqs})",
+    ):
+        activation_bytes = measure_activation_bytes(model, max_num_batched_tokens, config.max_num_seqs)
+    return choose_num_blocks(config, model.layout, model.device, activation_bytes)
 
 
 def _make_runner(config: EngineConfig, model: LoadedModel, kv_pool: KVPool, max_model_len: int) -> ModelRunner:

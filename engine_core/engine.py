@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from engine_core.admission import Admission
 from engine_core.decision_log import DecisionLog
 from engine_core.device import Device, LaunchedTokens, Report, Runner, load_device
 from engine_core.kv_cache_manager import KVCacheManager
+from engine_core.out_of_memory import Shortage, attempt, release_cached_memory
 from engine_core.request import Request
 from engine_core.scheduler import Batch, Scheduler
 from engine_core.stats import EngineCounters
@@ -170,32 +169,22 @@ class EngineCore:
         self.records.scheduled(batch, now)
         if self.config.log_step_composition:
             logger.info("%s of %d tokens: %s", batch.kind, batch.num_tokens, _composition(batch))
-        try:
-            self._in_flight.append(_Launched(batch, self.runner.launch(batch), now))
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            return self._fail(batch, error)
+        tokens = attempt(lambda: self.runner.launch(batch))
+        if isinstance(tokens, Shortage):
+            return self._recover(tokens, [batch])
+        self._in_flight.append(_Launched(batch, tokens, now))
         return []
 
-    def _fail(self, batch: Batch, error: Exception) -> list[RequestOutput]:
-        """The device had no memory for `batch`: its requests end with an error, all others go on."""
-        message = f"out_of_memory in a {batch.kind} step of {batch.num_tokens} tokens: {_first_line(error)}"
-        logger.error("%s; %d requests fail", message, len(batch.requests))
-        self.counters.num_oom_recoveries += 1
-        self.scheduler.cancel(batch)
-        self.kv.pool.reset_prefix_cache()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-        return [
-            RequestOutput(request.request_id, [], self._finish(request, "error", message=message))
-            for request in batch.requests
-            if not request.finished
-        ]
-
     def _collect(self) -> list[RequestOutput]:
-        launched = self._in_flight.popleft()
-        tokens = launched.tokens.collect()
+        launched = self._in_flight[0]
+        tokens = attempt(launched.tokens.collect)
+        if isinstance(tokens, Shortage):  # later passes build on this one
+            if self.decision_log is not None:
+                self.decision_log.fail_collect(tokens.detail)
+            failed = [later.batch for later in self._in_flight]
+            self._in_flight.clear()
+            return self._recover(tokens, failed)
+        self._in_flight.popleft()
         if self.decision_log is not None:
             self.decision_log.tokens(tokens)
         self.records.collected(launched.batch, self._clock())
@@ -205,6 +194,48 @@ class EngineCore:
         self.scheduler.complete(launched.batch)
         self.counters.step_done(launched.batch, self._clock() - launched.time)
         return outputs
+
+    def _recover(self, shortage: Shortage, failed: list[Batch]) -> list[RequestOutput]:
+        """There was no memory for the passes `failed`: undo them, and go on with smaller ones.
+
+        Passes launched before them are collected. Then the host has every token that is certain, and tokens are the
+        state: the requests of the failed passes are preempted, which computes whatever is uncertain again.
+        """
+        self.counters.num_oom_recoveries += 1
+        for batch in reversed(failed):
+            self.scheduler.withdraw(batch)
+        outputs = []
+        while self._in_flight:
+            outputs += self._collect()
+        for batch in failed:
+            self.scheduler.preempt(batch.requests)
+        are_smaller = [self.scheduler.shrink(batch) for batch in failed]
+        if not any(are_smaller):
+            outputs += self._give_way(failed[0], shortage)
+        release_cached_memory()
+        limits, lost = self.scheduler.limits, failed[0]
+        logger.warning(
+            "out of memory in a %s pass (%d requests, %d tokens): %s. Passes now hold at most %d prompt tokens or %d "
+            "decoding requests",
+            lost.kind, len(lost.requests), lost.num_tokens, shortage.detail, limits.num_tokens, limits.num_requests,
+        )  # fmt: skip
+        return outputs
+
+    def _give_way(self, batch: Batch, shortage: Shortage) -> list[RequestOutput]:
+        """Not even one request fits: preempt all others. If it has not fitted then either, it fails."""
+        request = batch.requests[0]
+        if request.finished:  # by a pass that was collected meanwhile
+            return []
+        if not request.was_out_of_memory:
+            request.was_out_of_memory = True
+            self.scheduler.preempt(self._requests.values())
+            self.runner.release_memory()
+            return []
+        message = (
+            f"out_of_memory: a {batch.kind} pass of {batch.num_tokens} tokens of this request alone does not fit after "
+            f"{batch.starts[0]} computed ones: {shortage.detail}"
+        )
+        return [RequestOutput(request.request_id, [], self._finish(request, "error", message=message))]
 
     def _update(self, batch: Batch, tokens: list[int]) -> list[RequestOutput]:
         outputs = []
@@ -261,15 +292,6 @@ class EngineCore:
         self.counters.request_finished(request.finish)
         self.records.finished(request, now)
         return request.finish
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch raises a plain RuntimeError when the CPU's memory is exhausted."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _composition(batch: Batch) -> str:

@@ -60,6 +60,10 @@ class InputBatch:
             rows, indices, blocks_added = self.to_device(added).unbind(1)
             self.block_table[rows, indices] = blocks_added
 
+    def release_memory(self) -> None:
+        """Give back what was allocated on demand. Only while no request has a row."""
+        self._penalties = None
+
     def rows_of(self, requests: Sequence[Request]) -> Tensor:
         """Row numbers [num_reqs] on the device."""
         return self.to_device([request.row for request in requests])

@@ -65,6 +65,17 @@ class KVCacheManager:
             self.pool.register(request.block_table[index], hashes[index])
         request.num_committed_blocks = num_full
 
+    def rewind(self, request: Request, num_tokens: int) -> None:
+        """Only the K/V of the first `num_tokens` tokens are certain: what follows is not computed and not findable.
+
+        A block may have been committed while the pass that fills its last slot was in flight.
+        """
+        num_full = num_tokens // self.block_size
+        for block in request.block_table[num_full : request.num_committed_blocks]:
+            self.pool.forget(block)
+        request.num_computed_tokens = num_tokens
+        request.num_committed_blocks = min(request.num_committed_blocks, num_full)
+
     def free(self, request: Request) -> None:
         """Drop all blocks of `request`; what was committed stays findable until it is evicted."""
         self.pool.release(request.block_table)

@@ -84,10 +84,20 @@ def choose_num_blocks(config: EngineConfig, layout: KVLayout, device: torch.devi
     if num_blocks < 1:
         raise StartupError(
             f"no memory left for the KV cache: {available / 2**20:.0f} MiB for blocks of "
-            f"{layout.bytes_per_token * config.block_size / 2**20:.2f} MiB; raise --gpu-memory-utilization or "
-            "--kv-cache-memory-bytes, or choose a smaller model"
+            f"{layout.bytes_per_token * config.block_size / 2**20:.2f} MiB; {_advice(config, activation_bytes)}"
         )
     return int(num_blocks)
+
+
+def _advice(config: EngineConfig, activation_bytes: int) -> str:
+    """What to change when nothing is left, with what it is set to now."""
+    if config.kv_cache_memory_bytes is not None:
+        return f"raise --kv-cache-memory-bytes ({config.kv_cache_memory_bytes}) or lower --block-size"
+    return (
+        f"raise --gpu-memory-utilization ({config.gpu_memory_utilization:g}), lower --max-num-batched-tokens or "
+        f"--max-num-seqs ({config.max_num_seqs}), for whose passes {activation_bytes / 2**20:.0f} MiB are kept, or "
+        "choose a smaller model"
+    )
 
 
 def _available_bytes(config: EngineConfig, device: torch.device, activation_bytes: int) -> int:

@@ -6,6 +6,7 @@
 On a GPU a decode pass is one CUDA graph from last tokens to new tokens; elsewhere the same model is called directly.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,6 +62,11 @@ class ModelRunner:
 
     def warm_up(self, report: Callable[[str], None]) -> None:
         """Do now what would make the first requests slow. Nothing here; see `CudaRunner`."""
+
+    def release_memory(self) -> None:
+        """Give back all memory that was allocated on demand. Only while no request runs."""
+        self.rows.release_memory()
+        gc.collect()  # tensors in reference cycles, if a library left any
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> SampledTokens:

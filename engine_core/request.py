@@ -42,6 +42,7 @@ class Request:
     num_pending: int = 0  # tokens sampled on the device and not read yet
     num_in_flight: int = 0  # launched batches that name this request
     num_preemptions: int = 0
+    was_out_of_memory: bool = False  # its last pass, which it had for itself, did not fit
     row: int = -1  # its row in the device's tables while it runs
     finish: Finished | None = None
 

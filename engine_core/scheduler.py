@@ -7,13 +7,16 @@ One schedule is one forward pass of one kind. When both queues have work the kin
 waits for more than one prefill chunk (at most `max_num_batched_tokens`), and prompts never wait for decodes to end.
 Memory policy: a prompt is admitted when blocks for its next chunk are unused; when a decode needs a block and none is
 left, the youngest running request is preempted: its blocks are freed and it is computed again later from its tokens.
+So is every request of a pass that the device had no memory for; the passes after it are smaller (`PassLimits`).
 """
 
-from bisect import insort
+from bisect import bisect_right, insort
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from engine_core.kv_cache_manager import KVCacheManager
+from engine_core.pass_limits import PassLimits
 from engine_core.request import Request, RequestStatus
 from minivllm.engine_view import WaitReason
 
@@ -74,11 +77,12 @@ class Scheduler:
 
     def __init__(self, kv: KVCacheManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self._kv = kv
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self.limits = PassLimits(max_num_batched_tokens, max_num_seqs, kv.block_size)
         self.prefill_queue: list[Request] = []
         self.decode_queue: list[Request] = []
         self._free_rows = list(range(max_num_seqs))[::-1]
         self._last_kind = "decode"
+        self._last_decoded = 0  # arrival_index of the request whose turn was the last
         self.num_preemptions = 0
         self.waiting_for: WaitReason | None = None  # what kept the first waiting request out of the last pass
         self._preempted: list[Request] = []
@@ -134,23 +138,38 @@ class Scheduler:
 
     def complete(self, batch: Batch) -> None:
         """`batch` is done on the device: make its blocks findable, release what finished while it was in flight."""
+        self.limits.pass_done()
         for request in batch.requests:
-            request.num_in_flight -= 1
+            request.was_out_of_memory = False
             self._kv.commit(request)
-            if request.finished and request.num_in_flight == 0:
-                self._release(request)
+            self._leave_flight(request)
 
-    def cancel(self, batch: Batch) -> None:
-        """`batch` could not be launched: take back what `schedule` promised. Its requests must be removed."""
-        for request, count in zip(batch.requests, batch.counts, strict=True):
-            request.num_in_flight -= 1
-            request.num_computed_tokens -= count
+    def withdraw(self, batch: Batch) -> None:
+        """`batch` failed, nothing that it wrote can be relied on: take back what `schedule` promised.
+
+        Batches launched after it are withdrawn before it. Then `preempt` its requests, when no pass is in flight.
+        """
         for request in batch.sampled:
             request.num_pending -= 1
+        for request, start in zip(batch.requests, batch.starts, strict=True):
+            self._kv.rewind(request, start)
+            self._leave_flight(request)
+
+    def shrink(self, batch: Batch) -> bool:
+        """`batch` did not fit: make later passes of its kind smaller than it. False: it was as small as can be."""
+        if batch.kind == "decode":
+            return self.limits.shrink_decode(len(batch.requests))
+        return self.limits.shrink_prefill(batch.num_tokens, len(batch.requests))
+
+    def preempt(self, requests: Iterable[Request]) -> None:
+        """Free what those of `requests` hold that are running; they are computed again from their tokens."""
+        for request in requests:
+            if request.row >= 0 and not request.finished:
+                self._preempt(request)
 
     def _schedule_prefill(self) -> Batch | None:
         batch = Batch("prefill")
-        budget, logits_budget = self._max_num_batched_tokens, MAX_PROMPT_LOGITS
+        budget, logits_budget = self.limits.num_tokens, MAX_PROMPT_LOGITS
         for request in self.prefill_queue:
             most = min(budget, logits_budget) if request.needs_prompt_logits else budget
             if most == 0 or (request.row < 0 and not self._free_rows):
@@ -174,9 +193,9 @@ class Scheduler:
 
     def _schedule_decode(self) -> Batch | None:
         batch = Batch("decode")
-        for request in list(self.decode_queue):
-            if request.status is not RequestStatus.DECODE or request.num_tokens >= request.max_total_tokens:
-                continue  # preempted in this very loop, or its last token is in flight
+        for request in self._decode_turn():
+            if request.status is not RequestStatus.DECODE:
+                continue  # preempted in this very loop
             grown = self._append_slot(request)
             if grown is None:
                 continue
@@ -184,6 +203,16 @@ class Scheduler:
                 batch.grown.append(request)
             batch.append(request, 1)
         return batch if batch.requests else None
+
+    def _decode_turn(self) -> list[Request]:
+        """The decoding requests in order of arrival: all, or when that were too many, those whose turn is next."""
+        queue = [request for request in self.decode_queue if request.num_tokens < request.max_total_tokens]
+        if len(queue) <= self.limits.num_requests:  # the others' last token is in flight
+            return queue
+        first = bisect_right(queue, self._last_decoded, key=_by_arrival)
+        turn = [*queue[first:], *queue[:first]][: self.limits.num_requests]
+        self._last_decoded = turn[-1].arrival_index
+        return sorted(turn, key=_by_arrival)
 
     def _append_slot(self, request: Request) -> bool | None:
         """Room for one token, at the cost of younger requests. None: `request` was itself the youngest."""
@@ -213,6 +242,11 @@ class Scheduler:
             request.row = self._free_rows.pop()
             request.status = RequestStatus.PREFILL
             batch.started.append(request)
+
+    def _leave_flight(self, request: Request) -> None:
+        request.num_in_flight -= 1
+        if request.finished and request.num_in_flight == 0:
+            self._release(request)
 
     def _release(self, request: Request) -> None:
         self._kv.free(request)

@@ -104,9 +104,9 @@ def _middleware(config: FrontendConfig) -> list[Middleware]:
 def _tokenize(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer) -> Handler:
     async def endpoint(request: Request) -> Response:
         body = parse_body(TokenizeRequest, await read_body(request.scope, request.receive, config.max_request_bytes))
-        [prompt] = await prepare_prompts(body.inputs(), tokenizer)
-        token_ids = prompt.token_ids
         max_model_len = engine.link.facts.max_model_len if engine.link.facts else None
+        [prompt] = await prepare_prompts(body.inputs(), tokenizer, max_model_len)
+        token_ids = prompt.token_ids
         return JSONResponse({"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids})
 
     return endpoint

@@ -86,7 +86,7 @@ class GenerationEndpoint(Generic[BodyT]):
         check_model(body.asked_model, self._config)
         async with watch_disconnect(receive) as disconnect:
             facts = self._engine.check_admission()
-            prompts = await prepare_prompts(body.inputs(), self._tokenizer)
+            prompts = await prepare_prompts(body.inputs(), self._tokenizer, facts.max_model_len)
             work = _fit(body, params, prompts, facts)
             if disconnect.gone:
                 return

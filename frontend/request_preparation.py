@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -36,30 +36,38 @@ async def run_for_size(num_characters: int, work: Callable[[], T]) -> T:
     return work() if num_characters <= INLINE_CHARACTERS else await asyncio.to_thread(work)
 
 
-async def prepare_prompts(inputs: Inputs, tokenizer: Tokenizer) -> list[Prompt]:
-    """The token ids of every prompt, or of the chat. Raises `InvalidRequestError` when one has none."""
-    add_special_tokens = inputs.add_special_tokens
+async def prepare_prompts(inputs: Inputs, tokenizer: Tokenizer, max_model_len: int | None) -> list[Prompt]:
+    """The token ids of every prompt, or of the chat. Raises `InvalidRequestError` when one has none.
+
+    Text that cannot be `max_model_len` tokens or less, however well it is tokenized, is refused at once.
+    """
+
+    def encode(text: str) -> Prompt:
+        _check_size(inputs.param, text, tokenizer.max_token_bytes, max_model_len)
+        return Prompt(tokenizer.encode(text, inputs.add_special_tokens), text)
+
     if inputs.messages:
         chat = [message.as_template_input() for message in inputs.messages]
         size = sum(len(message["content"]) for message in chat)
-        prompts = [await run_for_size(size, lambda: _prepare_chat(chat, add_special_tokens, tokenizer))]
+        prompts = [await run_for_size(size, lambda: encode(tokenizer.apply_chat_template(chat)))]
     else:
         size = sum(len(given) for given in inputs.prompts if isinstance(given, str))
         prompts = await run_for_size(
-            size, lambda: [_prepare(given, add_special_tokens, tokenizer) for given in inputs.prompts]
+            size, lambda: [encode(given) if isinstance(given, str) else Prompt(given) for given in inputs.prompts]
         )
     if not all(prompt.token_ids for prompt in prompts):
         raise InvalidRequestError(f"{inputs.param} holds no token", inputs.param)
     return prompts
 
 
-def _prepare(given: str | list[int], add_special_tokens: bool, tokenizer: Tokenizer) -> Prompt:
-    return Prompt(tokenizer.encode(given, add_special_tokens), given) if isinstance(given, str) else Prompt(given)
-
-
-def _prepare_chat(chat: list[dict[str, Any]], add_special_tokens: bool, tokenizer: Tokenizer) -> Prompt:
-    text = tokenizer.apply_chat_template(chat)
-    return Prompt(tokenizer.encode(text, add_special_tokens), text)
+def _check_size(param: str, text: str, max_token_bytes: int | None, max_model_len: int | None) -> None:
+    if max_token_bytes is None or max_model_len is None:
+        return
+    most = max_model_len * max_token_bytes
+    if len(text) > most:
+        raise InvalidRequestError(
+            f"{param} has {len(text)} characters, but {max_model_len} tokens (max_model_len) hold at most {most}", param
+        )
 
 
 def fit_to_model(

@@ -18,10 +18,11 @@ from typing import Any
 import uvicorn
 
 from frontend.app import make_app
+from frontend.connection_limits import guarded_protocol
 from frontend.debug import log_state
+from frontend.descriptors import connections_that_fit
 from frontend.engine_client import EngineClient
 from frontend.engine_metrics import EngineCollector, ProcessUsage
-from frontend.http_protocol import StreamingHttpProtocol
 from frontend.metrics import ENGINE, FrontendMetrics
 from frontend.tokenizer import Tokenizer
 from frontend.trace_file import TraceFile
@@ -81,7 +82,7 @@ class Frontend:
         self._collector.stats_age = lambda: time.monotonic() - self._engine.link.stats_time
         self._collector.num_restarts = lambda: self._engine.link.num_restarts
         app = make_app(self._config, self._engine, self._tokenizer, metrics)
-        self._server = _Server(_uvicorn_config(app), self._on_listening)
+        self._server = _Server(_uvicorn_config(app, self._config), self._on_listening)
         self._install_signal_handlers()
         self._control.watch(self._on_control_message, lambda: self._call(self.stop_now))
         self._engine.link.start()
@@ -177,10 +178,10 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _uvicorn_config(app: Any) -> uvicorn.Config:
+def _uvicorn_config(app: Any, config: ServeConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=StreamingHttpProtocol,
+        http=guarded_protocol(config.request_timeout, connections_that_fit(config.limit_concurrency)),
         ws="none",
         lifespan="off",
         log_config=None,

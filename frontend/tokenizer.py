@@ -1,7 +1,9 @@
 """Text ↔ token ids with the `tokenizers` library alone, so that this process needs neither transformers nor torch."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +12,9 @@ import tokenizers
 from frontend.chat_template import ChatTemplate, Message, find_chat_template
 from frontend.token_bytes import TokenBytes
 from minivllm.errors import InvalidRequestError, StartupError
+
+# Steps before the model that can make text shorter by any amount.
+_SWALLOWING = {"Lowercase", "NFKC", "NFKD", "Replace", "Strip", "StripAccents", "Precompiled", "Nmt", "BertNormalizer"}
 
 
 class Tokenizer:
@@ -46,6 +51,19 @@ class Tokenizer:
     def vocab_size(self) -> int:
         size: int = self._backend.get_vocab_size(with_added_tokens=True)
         return size
+
+    @cached_property
+    def max_token_bytes(self) -> int | None:
+        """Most UTF-8 bytes of text that one token can stand for; None for a tokenizer that may swallow any amount.
+
+        Known for byte-level ones: every byte lies in a token, and only NFC, at most 3 to 1, comes before.
+        """
+        kinds = set(re.findall(r'"type":"(\w+)"', self._backend.to_str().partition('"model":')[0]))
+        strips = any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values())
+        if "ByteLevel" not in kinds or kinds & _SWALLOWING or strips:
+            return None
+        longest = max(len(token.encode()) for token in self._backend.get_vocab(with_added_tokens=True))
+        return longest * (3 if "NFC" in kinds else 1)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. A text that already begins with the BOS token gets no second one."""

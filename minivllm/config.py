@@ -75,6 +75,14 @@ class FrontendConfig(ModelConfig):
         4096, description="most unfinished requests of one frontend; more are refused with 429"
     )
     max_request_bytes: Positive = Field(16 * 1024 * 1024, description="largest request body; larger ones get 413")
+    request_timeout: float = Field(
+        30.0, gt=0, description="seconds for a client to send the headers of a request, and as many for its body"
+    )
+    limit_concurrency: Positive = Field(
+        8192,
+        description="most open connections of one frontend, as far as there are file descriptors; more are refused "
+        "with 503",
+    )
     api_key: str | None = Field(None, repr=False, description="key that clients must send as a bearer token")
     allowed_origins: tuple[str, ...] = Field((), description="origins that browsers may call from (CORS)")
     trace_file: Path | None = Field(

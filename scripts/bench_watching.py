@@ -94,6 +94,9 @@ class NoModel:
         self._num_sampled = len(batch.sampled)
         return self
 
+    def release_memory(self) -> None:
+        """Nothing to give back."""
+
     def collect(self) -> list[int]:
         return [0] * self._num_sampled
 

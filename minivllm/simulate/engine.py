@@ -53,6 +53,9 @@ class SimulatedRunner:
         self._free_at = max(self._free_at, self._clock()) + self._cost_model.seconds(batch)
         return _Pass(self._clock, self._free_at, len(batch.sampled))
 
+    def release_memory(self) -> None:
+        """Nothing to give back."""
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:

@@ -138,14 +138,19 @@ class _ReplayRunner:
         if entry != launch:
             raise self._cursor.difference(f"the replay decides otherwise\n  replay: {_show(launch)}")
         following = self._cursor.peek()
-        if isinstance(following, Fail):
+        if isinstance(following, Fail) and following.at == "launch":
             self._cursor.take()
             raise MemoryError(following.message)
         return _ReplayedTokens(self, len(batch.sampled))
 
+    def release_memory(self) -> None:
+        """Nothing to give back."""
+
     def collect(self, num_sampled: int) -> list[int]:
-        """Raises `ReplayError`."""
+        """Raises `ReplayError`; `MemoryError` where the recorded pass failed."""
         entry = self._take()
+        if isinstance(entry, Fail):
+            raise MemoryError(entry.message)
         if not isinstance(entry, Tokens) or len(entry.token_ids) != num_sampled:
             raise self._cursor.difference(f"the replay collects a pass of {num_sampled} tokens here")
         return entry.token_ids

@@ -1,7 +1,7 @@
 """`scripts/soak`: a server under streaming clients whose processes die, stop and lose messages; a table at the end.
 
 scripts/soak                          64 clients, the engine core is killed 20 times
-scripts/soak --minutes 30 --all       half an hour of everything, messages lost, repeated, swapped and damaged
+scripts/soak --minutes 30 --all       half an hour of everything: messages lost, swapped or damaged, memory exhausted, …
 """
 
 import argparse
@@ -25,6 +25,7 @@ from minivllm.soak.report import Report
 from minivllm.soak.run import soak
 
 MESSAGE_FAULTS = "drop=0.01,duplicate=0.01,reorder=0.01,corrupt=0.01"
+SHORTAGES = ",".join(f"oom@step:{step}" for step in range(50, 5000, 100))  # in each life of the engine core
 # Killed on purpose, it dies more often than a server should survive. Stopped, it is found out after 5 s more than this.
 SERVER_OPTIONS = ("--enable-debug", "--max-engine-restarts", "1000000", "--step-timeout", "30")
 ALL = (disasters.kill_engine, disasters.stop_engine, disasters.pause_frontend, disasters.replace_frontends)
@@ -33,13 +34,12 @@ ALL = (disasters.kill_engine, disasters.stop_engine, disasters.pause_frontend, d
 def main(argv: Sequence[str] | None = None) -> int:
     """Soak and print. 0: every answer came, was right, and left nothing behind; 1: not so."""
     options, server_options = _parser().parse_known_args(argv)
-    faults = ("--inject-faults", MESSAGE_FAULTS) if options.messages or options.all else ()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server ends with it
     try:
         bodies = make_bodies(options.requests, options.max_tokens, options.seed)
         with LocalServer(*server_options) as server:
             reference = asyncio.run(learn(server.url, bodies, options.clients))
-        with LocalServer(*SERVER_OPTIONS, *faults, *server_options) as server:
+        with LocalServer(*SERVER_OPTIONS, *_faults(options), *server_options) as server:
             report = asyncio.run(_soak(server, bodies, reference, options))
     except (MiniVLLMError, httpx.HTTPError) as error:
         print(f"soak: error: {error}", file=sys.stderr)
@@ -49,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(*report.lines(), sep="\n")
     return 0 if report.is_good else 1
+
+
+def _faults(options: argparse.Namespace) -> tuple[str, ...]:
+    """The server's options for faults that it inflicts on itself."""
+    if options.all:
+        return "--inject-faults", f"{MESSAGE_FAULTS},{SHORTAGES}"
+    return ("--inject-faults", MESSAGE_FAULTS) if options.messages else ()
 
 
 async def _soak(
@@ -83,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often the engine core is killed [20]")
     parser.add_argument("--minutes", type=float, metavar="X", help="go on for so long instead")
     parser.add_argument("--messages", action="store_true", help=f"also inject {MESSAGE_FAULTS}")
-    parser.add_argument("--all", action="store_true", help="kill and stop the engine core, stop and replace frontends")
+    parser.add_argument("--all", action="store_true", help="also stop it, stop and replace frontends, exhaust memory")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of requests and moments [0]")
     return parser
 

@@ -1,4 +1,5 @@
-"""1,000 clients that leave at random moments: every count returns to zero, and no process grows by them."""
+"""1,000 clients (10,000: `scripts/test -m long`) that leave at random moments: every count returns to zero, no process
+grows by them, and those who stay get the same tokens."""
 
 import json
 import random
@@ -14,7 +15,7 @@ import pytest
 
 from tests.support.server import WAIT, Metrics, ServerProcess, wait_until
 
-NUM_CLIENTS, NUM_WARM_UP, CONCURRENCY = 1000, 600, 48
+NUM_WARM_UP, CONCURRENCY, NUM_BYSTANDERS = 600, 48, 20
 NUM_BLOCKS = 48
 # Most of the 48 wait in the queue, and prompts are prefilled in pieces. Small batches also mean few different sizes:
 # the CPU kernels keep some memory for each size they have seen, which is no leak but would look like one. So would the
@@ -30,11 +31,15 @@ WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life"
 
 
 class Client(NamedTuple):
-    """Leaves after so many bytes of the request (None: all of it), then after so many events (None: at the end)."""
+    """Leaves after so many bytes of the request (None: all of it), then after so many events (None: at the end).
+
+    One that has a `cancelled_id` ends its request itself, twice, after the first event.
+    """
 
     payload: bytes
-    num_bytes: int | None
-    num_events: int | None
+    num_bytes: int | None = None
+    num_events: int | None = None
+    cancelled_id: str = ""
 
     def run(self, address: tuple[str, int]) -> str:
         """What became of it."""
@@ -44,14 +49,24 @@ class Client(NamedTuple):
                 return "before the request was complete"
             if self.num_events == 0:
                 return "queued"
-            received = b""
+            received, is_cancelled = b"", False
             while data := connection.recv(65536):
                 received += data
+                if self.cancelled_id and not is_cancelled and b"data: " in received:
+                    is_cancelled = True
+                    assert [cancel(address, self.cancelled_id) for _ in range(2)] == [b"HTTP/1.1 202"] * 2
                 if self.num_events is not None and received.count(b"data: ") >= self.num_events:
                     return "mid-stream"
             assert received.startswith(b"HTTP/1.1 200"), received
-            assert b'"finish_reason":"length"' in received
-            return "after the end"
+            assert b'"finish_reason":"length"' in received or (is_cancelled and b'"finish_reason":"abort"' in received)
+            return "cancelled twice" if is_cancelled else "after the end"
+
+
+def cancel(address: tuple[str, int], request_id: str) -> bytes:
+    """End a request from another connection; the status."""
+    with socket.create_connection(address, timeout=WAIT) as connection:
+        connection.sendall(f"DELETE /v1/requests/{request_id} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        return connection.recv(65536)[:12]
 
 
 def make_payload(body: dict[str, Any]) -> bytes:
@@ -69,21 +84,35 @@ def make_client(random_: random.Random) -> Client:
         "stream": random_.random() < 0.8,
     }
     payload = make_payload(body)
-    match random_.choice(["part", "queued", "stream", "stream", "end"]):
+    match random_.choice(["part", "queued", "stream", "stream", "end", "twice"]):
         case "part":
             return Client(payload, random_.randrange(len(payload)), 0)
         case "queued":
             return Client(payload, None, 0)
         case "stream":
             return Client(payload, None, random_.randint(1, 5))
-    return Client(payload, None, None)
+        case "twice":
+            request_id = f"twice-{random_.getrandbits(64):x}"
+            return Client(make_payload(body | {"stream": True, "request_id": request_id}), cancelled_id=request_id)
+    return Client(payload)
 
 
-def send_clients(server: ServerProcess, count: int, seed: int) -> Counter[str]:
+def send_clients(server: ServerProcess, count: int, seed: int, expected: str) -> Counter[str]:
+    """Clients that leave, and bystanders among them that must get the `expected` text."""
     random_ = random.Random(seed)
     clients = [make_client(random_) for _ in range(count)]
-    with ThreadPoolExecutor(CONCURRENCY) as pool:
-        return Counter(pool.map(lambda client: client.run(server.address), clients))
+    with ThreadPoolExecutor(CONCURRENCY) as pool, ThreadPoolExecutor(1) as aside:
+        bystanders = aside.map(lambda _: ask(server), range(NUM_BYSTANDERS))
+        outcomes = Counter(pool.map(lambda client: client.run(server.address), clients))
+        assert set(bystanders) == {expected}
+    outcomes["after the end"] += NUM_BYSTANDERS
+    return outcomes
+
+
+def ask(server: ServerProcess) -> str:
+    """The text that a client gets which stays."""
+    text: str = server.generate(prompt="Once upon a time", max_tokens=8, ignore_eos=True)["text"]
+    return text
 
 
 def check_counts(metrics: Metrics, outcomes: Counter[str]) -> None:
@@ -107,19 +136,26 @@ def rss(process: psutil.Process) -> int:
     return int(process.memory_info().rss)
 
 
-@pytest.mark.timeout(300)  # it takes half a minute where nothing else runs
-def test_clients_that_leave_leave_nothing_behind(server: ServerProcess) -> None:
+@pytest.mark.parametrize(
+    "num_clients",
+    [
+        pytest.param(1000, marks=pytest.mark.timeout(300)),  # it takes half a minute where nothing else runs
+        pytest.param(10_000, marks=[pytest.mark.timeout(3600), pytest.mark.long]),
+    ],
+)
+def test_clients_that_leave_leave_nothing_behind(server: ServerProcess, num_clients: int) -> None:
     processes = {"engine_core": server.engine_core, "frontend": server.frontends[0]}
-    outcomes = send_clients(server, NUM_WARM_UP, seed=1)
+    expected = ask(server)
+    outcomes = send_clients(server, NUM_WARM_UP, 1, expected) + Counter({"after the end": 1})
     whole_cache = {"prompt": list(range(100, 800)), "max_tokens": NUM_BLOCKS * 16 - 700, "ignore_eos": True}
-    outcomes[Client(make_payload(whole_cache), None, None).run(server.address)] += 1
+    outcomes[Client(make_payload(whole_cache)).run(server.address)] += 1
     check_counts(server.settle(), outcomes)
     num_fds = {name: process.num_fds() for name, process in processes.items()}
     memory = {name: rss(process) for name, process in processes.items()}
 
-    outcomes += send_clients(server, NUM_CLIENTS, seed=2)
+    outcomes += send_clients(server, num_clients, 2, expected)
     check_counts(server.settle(), outcomes)
-    assert len(outcomes) == 4  # every moment to leave did occur
+    assert len(outcomes) == 5  # every moment to leave did occur
 
     for name, process in processes.items():
         wait_until(

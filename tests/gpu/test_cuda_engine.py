@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from engine_core.engine import EngineCore
+from engine_core.model_runner import SampledTokens
 from minivllm.config import EngineConfig
+from minivllm.errors import StartupError
 from minivllm.sampling_params import SamplingParams
 
 pytestmark = [
@@ -53,17 +55,67 @@ def test_tokens_equal_those_of_the_cpu(model_dir: Path, expected: dict[str, list
     assert generate(model_dir, device="cuda", **VARIANTS[variant]) == expected
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("phase", ["run_prefill", "run_decode", "collect"])
+def test_shortages_in_every_phase_change_no_token(
+    model_dir: Path, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, variant: str, phase: str
+) -> None:
+    engine = make_engine(model_dir, device="cuda", **VARIANTS[variant])
+    place: Any = SampledTokens if phase == "collect" else engine.runner
+    original, num_calls = getattr(place, phase), 0
+
+    def fail_sometimes(*args: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        result = original(*args)  # late: what it writes is written
+        if num_calls % 7 == 0 and not any(request.was_out_of_memory for request in engine._requests.values()):
+            raise torch.OutOfMemoryError("injected")
+        return result
+
+    monkeypatch.setattr(place, phase, fail_sometimes)
+    assert run(engine) == expected
+    assert engine.counters.num_oom_recoveries > 1
+
+
+def test_a_device_that_is_really_full_changes_no_token(model_dir: Path, expected: dict[str, list[int]]) -> None:
+    engine = make_engine(model_dir, device="cuda", enforce_eager=True)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    # torch takes 20 MiB for every tensor of more than 1 MiB: such passes cannot fit, those of some 200 tokens do.
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 12 * 2**20) / total)
+    try:
+        assert run(engine, join_every=0) == expected
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert engine.counters.num_oom_recoveries > 0
+
+
+def test_start_up_in_too_little_memory_says_what_to_change(model_dir: Path) -> None:
+    advice = r"raise --gpu-memory-utilization \(1e-05\), lower --max-num-batched-tokens or --max-num-seqs \(16\)"
+    with pytest.raises(StartupError, match=advice):
+        make_engine(model_dir, device="cuda", kv_cache_memory_bytes=None, gpu_memory_utilization=1e-5)
+
+
 def generate(model_dir: Path, **options: Any) -> dict[str, list[int]]:
-    """Outputs of 24 requests of every kind that join one every other step."""
+    """See `run`."""
+    return run(make_engine(model_dir, **options))
+
+
+def make_engine(model_dir: Path, **options: Any) -> EngineCore:
     defaults = {"max_num_seqs": 16, "kv_cache_memory_bytes": 2**28, "dtype": "float32"}
-    engine = EngineCore(EngineConfig.model_validate({"model": str(model_dir), **defaults, **options}), model_dir)
+    return EngineCore(EngineConfig.model_validate({"model": str(model_dir), **defaults, **options}), model_dir)
+
+
+def run(engine: EngineCore, join_every: int = 2) -> dict[str, list[int]]:
+    """Outputs of 24 requests of every kind; one joins every so many steps, or (0) all before the first."""
     rng = random.Random(1)
     waiting = [(f"request-{i}", random_prompt(rng), random_params(rng, i)) for i in range(24)]
     outputs: dict[str, list[int]] = {request_id: [] for request_id, _, _ in waiting}
     while engine.has_work or waiting:
-        if waiting:
-            engine.add_request(*waiting.pop(0))
-        for _ in range(2):
+        for _ in range(1 if join_every else len(waiting)):
+            if waiting:
+                engine.add_request(*waiting.pop(0))
+        for _ in range(join_every or 1):
             for output in engine.step():
                 outputs[output.request_id] += output.token_ids
     engine.check_integrity()

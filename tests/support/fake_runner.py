@@ -20,6 +20,7 @@ from engine_core.scheduler import Batch
 from minivllm.config import EngineConfig
 
 VOCAB_SIZE = 5
+GARBAGE = -1
 
 
 def extend_history(history: int, token: int) -> int:
@@ -50,6 +51,7 @@ class _Chunk:
     row: int
     block_table: list[int]
     start: int
+    count: int
     token_ids: list[int] | None  # None: the device knows its last token itself
     samples: bool
 
@@ -58,6 +60,7 @@ class _Chunk:
 class _Pass(ModelFreeTokens):
     device: "FakeRunner"
     chunks: list[_Chunk]
+    failed: bool = False  # its launch raised an error, but what it had launched by then will still run
 
     def collect(self) -> list[int]:
         return self.device.run(self)
@@ -65,35 +68,66 @@ class _Pass(ModelFreeTokens):
 
 @dataclass
 class FakeRunner:
-    """Stands in for `ModelRunner`. `on_launch` sees every batch; `fail_next` is what the next launch raises."""
+    """Stands in for `ModelRunner`. `on_launch` sees every batch.
+
+    fail_launch, fail_collect: what the next launch or collect raises. A failed pass leaves garbage wherever it could
+    have written. num_releases: how often all memory was asked for.
+    """
 
     block_size: int
     on_launch: Callable[[Batch], None] = lambda batch: None
-    fail_next: Exception | None = None
+    fail_launch: Exception | None = None
+    fail_collect: Exception | None = None
+    num_releases: int = 0
     _slots: dict[int, int] = field(default_factory=dict)  # slot → digest of the history up to its token
     _last_token: dict[int, int] = field(default_factory=dict)  # by row
     _tokens: dict[Request, list[int]] = field(default_factory=dict)  # prompt and output as the device knows them
     _launched: list[_Pass] = field(default_factory=list)
 
     def launch(self, batch: Batch) -> _Pass:
-        if self.fail_next is not None:
-            error, self.fail_next = self.fail_next, None
-            raise error
         self.on_launch(batch)
         for request in batch.started:
             self._tokens[request] = list(request.token_ids)
-        self._launched.append(_Pass(self, [self._chunk(batch, index) for index in range(len(batch.requests))]))
+        error, self.fail_launch = self.fail_launch, None
+        chunks = [self._chunk(batch, index) for index in range(len(batch.requests))]
+        self._launched.append(_Pass(self, chunks, failed=error is not None))
+        self._run_failed()
+        if error is not None:
+            raise error
         return self._launched[-1]
 
+    def release_memory(self) -> None:
+        self.num_releases += 1
+
     def run(self, launched: _Pass) -> list[int]:
-        assert self._launched.pop(0) is launched, "passes are collected in the order of their launch"
-        return [token for chunk in launched.chunks if (token := self._run_chunk(chunk)) is not None]
+        assert self._launched[0] is launched, "passes are collected in the order of their launch"
+        if self.fail_collect is not None:
+            error, self.fail_collect = self.fail_collect, None
+            for later in self._launched:
+                later.failed = True
+            self._run_failed()
+            raise error
+        del self._launched[0]
+        tokens = [token for chunk in launched.chunks if (token := self._run_chunk(chunk)) is not None]
+        self._run_failed()
+        return tokens
+
+    def _run_failed(self) -> None:
+        """Let failed passes that are next on the device do their worst."""
+        while self._launched and self._launched[0].failed:
+            for chunk in self._launched.pop(0).chunks:
+                for position in range(chunk.start, chunk.start + chunk.count):
+                    self._slots[self._slot(chunk, position)] = GARBAGE
+                self._last_token[chunk.row] = GARBAGE
+                self._tokens[chunk.request].append(GARBAGE)
 
     def _chunk(self, batch: Batch, index: int) -> _Chunk:
         request, start, count = batch.requests[index], batch.starts[index], batch.counts[index]
         token_ids = request.token_ids[start : start + count] if batch.kind == "prefill" else None
         assert token_ids is None or len(token_ids) == count
-        return _Chunk(request, request.row, list(request.block_table), start, token_ids, request in batch.sampled)
+        return _Chunk(
+            request, request.row, list(request.block_table), start, count, token_ids, request in batch.sampled
+        )
 
     def _run_chunk(self, chunk: _Chunk) -> int | None:
         tokens = self._tokens[chunk.request]

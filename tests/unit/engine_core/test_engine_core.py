@@ -277,7 +277,10 @@ def test_max_model_len_is_bounded_by_model_and_cache(tiny_models: TinyModels) ->
     [
         ({"max_model_len": 257}, "--max-model-len 257, but the model allows 256"),
         ({"max_model_len": 100, "num_gpu_blocks_override": 3}, "--max-model-len 100 needs .* it holds 12 tokens"),
-        ({"kv_cache_memory_bytes": 100, "num_gpu_blocks_override": None}, "no memory left for the KV cache"),
+        (
+            {"kv_cache_memory_bytes": 100, "num_gpu_blocks_override": None},
+            r"no memory left for the KV cache: .* raise --kv-cache-memory-bytes \(100\)",
+        ),
     ],
 )
 def test_what_the_cache_cannot_hold_stops_start_up(

@@ -37,6 +37,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.expected: dict[str, list[int]] = {}
         self.aborted: set[str] = set()
         self.failed: set[str] = set()
+        self.num_injected = 0
         self.computed: dict[Request, int] = {}  # positions computed since the request was last started
         self.preemptions: dict[Request, int] = {}
         self.last_kind = "decode"
@@ -70,12 +71,18 @@ class EngineMachine(RuleBasedStateMachine):
                 step_once(self.engine, self.results)
 
     @precondition(lambda self: self.engine.scheduler.has_work)
-    @rule()
-    def run_out_of_memory(self) -> None:
-        self.runner.fail_next = MemoryError("injected")
-        step_once(self.engine, self.results)
-        self.runner.fail_next = None
-        self.failed |= {name for name, result in self.results.items() if result.reason == "error"}
+    @rule(moment=st.sampled_from(["fail_launch", "fail_collect"]), times=st.integers(1, 4))
+    def run_out_of_memory(self, moment: str, times: int) -> None:
+        for _ in range(times):
+            setattr(self.runner, moment, MemoryError("injected"))
+            for _ in range(self.engine._depth + 1):  # a pass is collected in the step after its launch
+                if getattr(self.runner, moment) is not None and self.engine.has_work:
+                    step_once(self.engine, self.results)
+            self.num_injected += getattr(self.runner, moment) is None
+            setattr(self.runner, moment, None)
+        failed = {name for name, result in self.results.items() if result.reason == "error"}
+        assert len(failed) <= self.num_injected // 2, "a request that failed once may fit the next time"
+        self.failed |= failed
 
     @invariant()
     def counts_reconcile(self) -> None:
@@ -86,6 +93,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert stats.num_requests_running <= self.engine.config.max_num_seqs
         live = stats.num_requests_running + stats.num_requests_waiting
         assert stats.num_requests_submitted == live + sum(stats.num_requests_finished.values())
+        assert stats.num_oom_recoveries == self.num_injected
 
     @invariant()
     def tokens_are_right_so_far(self) -> None:
@@ -114,13 +122,13 @@ class EngineMachine(RuleBasedStateMachine):
     def check_batch(self, batch: Batch) -> None:
         """The policies, at the moment a pass is launched."""
         assert batch.requests
+        self.check_limits(batch)
         assert len({request.row for request in batch.requests}) == len(batch.requests)
         assert [r.arrival_index for r in batch.requests] == sorted(r.arrival_index for r in batch.requests)
         if batch.kind == "decode":
             assert batch.counts == [1] * len(batch.requests)
             assert batch.sampled == batch.requests
         else:
-            assert batch.num_tokens <= self.engine.max_num_batched_tokens
             self.check_first_come_first_served(batch)
             self.check_decodes_did_not_wait(batch)
         self.last_kind = batch.kind
@@ -128,6 +136,13 @@ class EngineMachine(RuleBasedStateMachine):
             self.check_nothing_recomputed(request, start, request in batch.started)
             assert start + count < request.max_total_tokens, "the last token needs no computing"
             self.computed[request] = start + count
+
+    def check_limits(self, batch: Batch) -> None:
+        limits = self.engine.scheduler.limits
+        assert 1 <= limits.num_tokens <= self.engine.max_num_batched_tokens
+        assert 1 <= limits.num_requests <= self.engine.config.max_num_seqs
+        size, limit = batch.num_tokens, limits.num_tokens if batch.kind == "prefill" else limits.num_requests
+        assert size <= limit
 
     def check_first_come_first_served(self, batch: Batch) -> None:
         queue = self.engine.scheduler.prefill_queue

@@ -1,20 +1,12 @@
 """The policies one by one, on the real step loop over a device that checks every read."""
 
 import pytest
-import torch
 
 from engine_core.engine import EngineCore
 from engine_core.scheduler import Batch
-from minivllm.protocol import Finished
 from minivllm.sampling_params import SamplingParams
 from tests.support.engines import Result, assert_idle, greedy, run_to_end, step_once
 from tests.support.fake_runner import FakeRunner, continuation, make_fake_engine
-
-OUT_OF_MEMORY = [
-    MemoryError(),
-    torch.OutOfMemoryError("injected"),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-]
 
 
 def watch(runner: FakeRunner) -> list[str]:
@@ -149,50 +141,6 @@ def test_an_abort_frees_everything_within_one_step(when: str) -> None:
         step_once(engine, results)
     assert results["stays"].token_ids == expected
     assert_idle(engine)
-
-
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_out_of_memory_fails_only_the_batch(depth: int, error: Exception) -> None:
-    engine, runner = make_fake_engine(depth, num_gpu_blocks_override=50, block_size=2, max_num_seqs=2)
-    results: dict[str, Result] = {}
-    add(engine, "a", 3, 8)
-    add(engine, "b", 5, 8)
-    expected = add(engine, "c", 7, 8)
-    for _ in range(3):
-        step_once(engine, results)
-    runner.fail_next = error
-    step_once(engine, results)
-    assert (results["a"].reason, results["b"].reason) == ("error", "error")
-    finished = results["a"].finished
-    assert isinstance(finished, Finished)
-    assert finished.message is not None
-    assert finished.message.startswith("out_of_memory in a decode step of 2 tokens")
-    while engine.has_work:
-        step_once(engine, results)
-    assert results["c"].token_ids == expected
-    assert engine.stats().num_requests_finished == {"error": 2, "length": 1}
-    assert_idle(engine)
-
-
-def test_what_a_failed_pass_did_not_compute_is_not_found_later() -> None:
-    engine, runner = make_fake_engine(1, num_gpu_blocks_override=50, block_size=2, max_num_batched_tokens=4)
-    add(engine, "a", 12, 2)
-    engine.step()  # the first chunk is in flight
-    runner.fail_next = MemoryError("injected")
-    run_to_end(engine)
-    expected = add(engine, "b", 12, 2)
-    results = run_to_end(engine)
-    assert results["b"].token_ids == expected
-    assert_idle(engine)
-
-
-def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
-    engine, runner = make_fake_engine(0, num_gpu_blocks_override=50, block_size=2)
-    add(engine, "a", 3, 2)
-    runner.fail_next = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        engine.step()
 
 
 def test_an_id_is_free_again_only_when_its_end_was_told() -> None:

@@ -7,9 +7,12 @@ import threading
 import time
 from pathlib import Path
 from typing import Any, Self
+from unittest.mock import Mock
 
 import httpx
+from starlette.routing import Route
 
+from frontend.app import make_app
 from frontend.server import Frontend
 from frontend.tokenizer import Tokenizer
 from minivllm.config import ServeConfig
@@ -96,6 +99,16 @@ class RunningFrontend:
         with self.http.stream("POST", path, json=body) as response:
             assert response.status_code == 200, response.read()
             return list(parse_events(response.iter_lines()))
+
+    def routes(self) -> set[tuple[str, str]]:
+        """(method, path) of every route of the application."""
+        return {
+            (method.lower(), route.path.replace(":path}", "}"))
+            for route in make_app(self.config, Mock(), Mock(), Mock()).routes
+            if isinstance(route, Route)
+            for method in route.methods or ()
+            if method != "HEAD"
+        }
 
     def open_raw(self, path: str = "/generate", **body: Any) -> socket.socket:
         """Send a request by hand and return the connection, so that a test can leave as it likes."""
