@@ -61,7 +61,12 @@ class ModelRunner:
         pool.attach(loaded.layers)
 
     def warm_up(self, report: Callable[[str], None]) -> None:
-        """Do now what would make the first requests slow. Nothing here; see `CudaRunner`."""
+        """Do now what would make the first requests slow."""
+        if self._compiles_attention:
+            report("compiling the attention")
+            from engine_core.attention.cpu_decode import compile_now
+
+            compile_now()
 
     def release_memory(self) -> None:
         """Give back all memory that was allocated on demand. Only while no request runs."""
@@ -102,9 +107,14 @@ class ModelRunner:
         logits = self.forward(self.rows.last_token[rows], positions, metadata)
         return self._sampled(logits, self.rows.sample(logits, batch, rows), batch)
 
+    @property
+    def _compiles_attention(self) -> bool:
+        """numba compiles for float32 on a CPU."""
+        return self.device.type == "cpu" and self.pool.layout.dtype == torch.float32
+
     def _decode_metadata(self, rows: Tensor, positions: Tensor, context_lens: list[int]) -> AttentionMetadata:
         block_tables = self.rows.block_table[rows]
-        if self.device.type == "cpu" and self.pool.layout.dtype == torch.float32:
+        if self._compiles_attention:
             from engine_core.attention.cpu_decode import CpuDecode  # numba: not needed on a GPU
 
             return CpuDecode(block_tables, context_lens)
