@@ -67,7 +67,7 @@ def _softmax(scores: Any, softcap: Any) -> Any:
 @njit(fastmath=True, cache=True)
 def _attend(
     query: Any,  # [group, head_dim]
-    key_cache: Any,  # as below: a slice of one head would hide from LLVM that its numbers lie side by side
+    key_cache: Any,  # [num_blocks, block_size, num_kv_heads, head_dim]
     value_cache: Any,
     kv_head: Any,
     blocks: Any,  # [max_blocks]
@@ -75,8 +75,9 @@ def _attend(
     end: Any,
     scaling: Any,
     softcap: Any,
-) -> Any:
-    """Output [group, head_dim] over positions [start, end)."""
+    output: Any,  # like query
+) -> None:
+    """Attend to positions [start, end)."""
     group, head_dim = query.shape
     block_size = key_cache.shape[1]
     scores = np.empty((group, end - start), np.float32)
@@ -90,17 +91,24 @@ def _attend(
     scales = np.empty(group, np.float32)
     for head in range(group):
         scales[head] = np.float32(1.0) / _softmax(scores[head], softcap)
-    output = np.zeros((group, head_dim), np.float32)
+        for d in range(head_dim):
+            output[head, d] = np.float32(0.0)
     for position in range(start, end):
         block, offset = blocks[position // block_size], position % block_size
         for head in range(group):
             weight = scores[head, position - start] * scales[head]
             for d in range(head_dim):
                 output[head, d] += weight * value_cache[block, offset, kv_head, d]
-    return output
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=True)
+def _store(key: Any, cache: Any, block: Any, offset: Any, kv_head: Any) -> None:
+    """Put key [head_dim] into its slot of cache [num_blocks, block_size, num_kv_heads, head_dim]."""
+    for d in range(len(key)):
+        cache[block, offset, kv_head, d] = key[d]
+
+
+@njit(parallel=True, cache=True)  # a loop of calls: whatever else stands here costs seconds to compile
 def _decode(
     query: Any,  # [num_reqs, num_kv_heads, group, head_dim]
     key: Any,  # [num_reqs, num_kv_heads, head_dim]
@@ -114,18 +122,15 @@ def _decode(
     softcap: Any,  # 0: none
     output: Any,  # like query
 ) -> None:
-    num_reqs, num_kv_heads = key.shape[:2]
-    block_size = key_cache.shape[1]
-    for task in prange(num_reqs * num_kv_heads):
+    num_kv_heads, block_size = key.shape[1], key_cache.shape[1]
+    for task in prange(key.shape[0] * num_kv_heads):
         request, head = task // num_kv_heads, task % num_kv_heads
         blocks, end = block_tables[request], context_lens[request]
         block, offset = blocks[(end - 1) // block_size], (end - 1) % block_size
-        key_cache[block, offset, head] = key[request, head]
-        value_cache[block, offset, head] = value[request, head]
-        start = max(0, end - window)
-        output[request, head] = _attend(
-            query[request, head], key_cache, value_cache, head, blocks, start, end, scaling, softcap
-        )
+        _store(key[request, head], key_cache, block, offset, head)
+        _store(value[request, head], value_cache, block, offset, head)
+        start, out = max(0, end - window), output[request, head]
+        _attend(query[request, head], key_cache, value_cache, head, blocks, start, end, scaling, softcap, out)
 
 
 @dataclass(slots=True)
