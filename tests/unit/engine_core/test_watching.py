@@ -91,9 +91,11 @@ def test_waiting_requests_are_counted_and_the_first_described(
         for index in range(10):
             frontend.add(str(index), [1] * 10, SamplingParams(temperature=0.0, max_tokens=390, ignore_eos=True))
         watch(frontend)
-        frontend.wait_for(lambda message: isinstance(message, View) and message.view.num_waiting == 8)
-        view = next_view(frontend)
-        assert (view.num_running, len([row for row in view.requests if row.finish_reason is None])) == (2, 5)
+        seen = frontend.wait_for(
+            lambda message: isinstance(message, View) and (message.view.num_running, message.view.num_waiting) == (2, 8)
+        )
+        assert isinstance(seen, View)
+        assert len([row for row in seen.view.requests if row.finish_reason is None]) == 5
         frontend.abort(*map(str, range(10)))
         frontend.wait_finished(*map(str, range(10)))
 
