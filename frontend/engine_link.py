@@ -191,6 +191,8 @@ class EngineLink:
                 logger.error("dropped a frame of %d bytes from the engine core: %s", len(frames[-1]), error)
 
     def _handle(self, message: EngineMessage) -> None:
+        if self.facts is not None and self._epoch is not None and message.epoch < self._epoch:
+            return  # of an engine core that is gone: an epoch is the time of its start
         self._last_heard = time.monotonic()
         if isinstance(message, Ready):
             self._on_ready(message)
