@@ -9,6 +9,7 @@ import msgspec
 from frontend.schemas import Inputs
 from frontend.tokenizer import Tokenizer
 from minivllm.errors import InvalidRequestError
+from minivllm.json_schema import check_json_schema
 from minivllm.protocol import EngineFacts
 from minivllm.sampling_params import SamplingParams
 
@@ -34,6 +35,17 @@ class Prompt(msgspec.Struct, frozen=True, eq=False):
 async def run_for_size(num_characters: int, work: Callable[[], T]) -> T:
     """`work()` here when it is short, in a thread when it is long."""
     return work() if num_characters <= INLINE_CHARACTERS else await asyncio.to_thread(work)
+
+
+async def check_response_format(params: SamplingParams) -> None:
+    """Raises `InvalidRequestError` for a schema that is wrong or not supported; a long one is read in a thread."""
+    schema = params.json_schema
+    if schema is None:
+        return
+    try:
+        await run_for_size(len(schema), lambda: check_json_schema(schema))
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"response_format: {error}", "response_format") from None
 
 
 async def prepare_prompts(inputs: Inputs, tokenizer: Tokenizer, max_model_len: int | None) -> list[Prompt]:

@@ -56,7 +56,7 @@ class SamplingFields(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
 
-    def sampling_params(self, default_max_tokens: int | None, **derived: int | None) -> SamplingParams:
+    def sampling_params(self, default_max_tokens: int | None, **derived: int | str | None) -> SamplingParams:
         """`derived` are fields that the endpoint says in its own way. Raises `InvalidRequestError` for a bad value."""
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name, None)) is not None}
         given |= derived
