@@ -111,9 +111,9 @@ def test_the_same_in_chunks_and_after_preemption(
 
 def test_a_resumed_request_goes_on_where_it_was(directory: Path, tokenizer_dir: Path, expected: list[Result]) -> None:
     with engine_of_depth(0, directory, tokenizer_dir) as engine:
-        for index in (0, 2, 4):
+        for index in (0, 4):
             whole = expected[index].token_ids
-            for cut in (1, len(whole) // 2, len(whole) - 1):
+            for cut in (1, len(whole) // 2):
                 engine.add_request("resumed", PROMPTS[index], PARAMS[index], whole[:cut])
                 assert whole[:cut] + run_to_end(engine)["resumed"].token_ids == whole
         with pytest.raises(InvalidRequestError, match="output_token_ids do not follow json_schema"):
