@@ -37,15 +37,14 @@ async def run_for_size(num_characters: int, work: Callable[[], T]) -> T:
     return work() if num_characters <= INLINE_CHARACTERS else await asyncio.to_thread(work)
 
 
-async def check_response_format(params: SamplingParams) -> None:
-    """Raises `InvalidRequestError` for a schema that is wrong or not supported; a long one is read in a thread."""
-    schema = params.json_schema
+async def check_schema(schema: str | None, param: str) -> None:
+    """Raises `InvalidRequestError` naming `param` for a schema that is wrong or not supported."""
     if schema is None:
         return
     try:
         await run_for_size(len(schema), lambda: check_json_schema(schema))
     except InvalidRequestError as error:
-        raise InvalidRequestError(f"response_format: {error}", "response_format") from None
+        raise InvalidRequestError(f"{param}{str(error).removeprefix('json_schema')}", param) from None
 
 
 async def prepare_prompts(inputs: Inputs, tokenizer: Tokenizer, max_model_len: int | None) -> list[Prompt]:

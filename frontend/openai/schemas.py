@@ -106,6 +106,11 @@ class OpenAIFields(GenerationFields):
         """See the base."""
         return self.n or 1
 
+    @property
+    def schema_param(self) -> str:
+        """See the base."""
+        return "response_format"
+
     def _openai_params(self, default_max_tokens: int | None, **derived: int | str | None) -> SamplingParams:
         if self.response_format is not None:
             derived["json_schema"] = self.response_format.schema_text

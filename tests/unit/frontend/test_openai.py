@@ -345,7 +345,7 @@ def test_a_response_format_reaches_the_engine(path: str, frontend: RunningFronte
 def test_a_schema_that_cannot_be_followed_is_explained(frontend: RunningFrontend) -> None:
     body = BODIES[CHAT] | {"response_format": schema_format({"type": "string", "pattern": "("}), "stream": True}
     error = refusal(frontend.http.post(CHAT, json=body))
-    assert error["message"].startswith("response_format: json_schema cannot be followed: regex parse error")
+    assert error["message"].startswith("response_format cannot be followed: regex parse error")
 
 
 def test_a_response_format_without_the_extra(frontend: RunningFrontend, monkeypatch: pytest.MonkeyPatch) -> None:
