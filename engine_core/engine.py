@@ -189,13 +189,13 @@ class EngineCore:
         if self.decision_log is not None:
             self.decision_log.tokens(tokens)
         self.records.collected(launched.batch, self._clock())
-        failed = self._end_failed(launched.tokens.failures)
+        ended = self._end_failed(launched.tokens.failures)
         outputs = self._update(launched.batch, tokens)
         if launched.batch.with_logprobs or launched.batch.prompt_spans:
             self._add_logprobs(outputs, launched)
         self.scheduler.complete(launched.batch)
         self.counters.step_done(launched.batch, self._clock() - launched.time)
-        return failed + outputs
+        return ended + outputs
 
     def _end_failed(self, failures: Mapping[Request, str]) -> list[RequestOutput]:
         """Requests whose token is void end here; `_update` then drops it as it drops that of any request that ended."""
