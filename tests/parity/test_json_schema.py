@@ -1,5 +1,6 @@
 """What follows a JSON schema follows it however the engine cuts or repeats the work, and disturbs nobody beside it."""
 
+import itertools
 import json
 import re
 import sys
@@ -14,9 +15,10 @@ import pytest
 import tokenizers
 import torch
 
-from engine_core.device import load_device
+from engine_core.device import LaunchedTokens, load_device
 from engine_core.engine import EngineCore
 from engine_core.grammar import Grammars, unpack
+from engine_core.scheduler import Batch
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.errors import InvalidRequestError
 from minivllm.json_schema import ANY_OBJECT, MAX_SCHEMA_LENGTH, check_json_schema
@@ -106,6 +108,25 @@ def test_the_same_in_chunks_and_after_preemption(
     with engine_of_depth(depth, directory, tokenizer_dir, **options) as engine:
         results = run_all(engine)
         assert (engine.stats().num_preemptions > 0) == ("num_gpu_blocks_override" in options)
+    assert [result.token_ids for result in results] == [result.token_ids for result in expected]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_same_after_passes_without_memory(
+    depth: int, directory: Path, tokenizer_dir: Path, expected: list[Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine_of_depth(depth, directory, tokenizer_dir) as engine:
+        launch, num_launches = engine.runner.launch, itertools.count()
+
+        def fail_sometimes(batch: Batch) -> LaunchedTokens:
+            launched = launch(batch)  # the matchers have moved on
+            if next(num_launches) in {3, 9, 15}:
+                raise torch.OutOfMemoryError("on purpose")
+            return launched
+
+        monkeypatch.setattr(engine.runner, "launch", fail_sometimes)
+        results = run_all(engine)
+        assert engine.stats().num_oom_recoveries == 3
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]
 
 
