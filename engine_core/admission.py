@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
+from engine_core.grammar import Grammars
 from engine_core.model_loader import ModelFacts
 from engine_core.request import Request
 from minivllm.config import EngineConfig
@@ -23,11 +24,13 @@ class Admission:
         max_model_len: int,
         eos_token_ids: Sequence[int],
         clock: Callable[[], float] = time.monotonic,
+        grammars: Grammars | None = None,
     ) -> None:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
         self._clock = clock
+        self._grammars = grammars
         self._num_arrived = 0
 
     def make_request(
@@ -72,6 +75,8 @@ class Admission:
             )
         if len(output) >= (params.max_tokens or room):
             raise InvalidRequestError(f"{len(output)} output tokens leave nothing to generate", "output_token_ids")
+        if params.json_schema is not None and self._grammars is not None:
+            self._grammars.check(params.json_schema, output)
 
     def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
         vocab_size = self._vocab_size

@@ -18,6 +18,7 @@ from engine_core.attention.triton_backend import TritonDecode, TritonPrefill
 from engine_core.attention.triton_decode import SplitBuffers
 from engine_core.attention.triton_prefill import TILE_QUERY, query_tiles
 from engine_core.compilation import compile_layers, decoder_layers
+from engine_core.grammar import Grammars
 from engine_core.kv_pool import KVPool
 from engine_core.model_loader import LoadedModel
 from engine_core.model_runner import ModelRunner, SampledTokens
@@ -62,9 +63,15 @@ class CudaRunner(ModelRunner):
     """See the module's picture. `eager` leaves out compilation and graphs."""
 
     def __init__(
-        self, loaded: LoadedModel, pool: KVPool, max_num_seqs: int, max_model_len: int, eager: bool = False
+        self,
+        loaded: LoadedModel,
+        pool: KVPool,
+        max_num_seqs: int,
+        max_model_len: int,
+        grammars: Grammars,
+        eager: bool = False,
     ) -> None:
-        super().__init__(loaded, pool, max_num_seqs, max_model_len)
+        super().__init__(loaded, pool, max_num_seqs, max_model_len, grammars)
         self._loaded = loaded
         self._eager = eager
         self._max_num_seqs = max_num_seqs

@@ -4,7 +4,7 @@
 a runner of its own: everything above, from admission to preemption, is then the very same code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from engine_core.admission import choose_max_model_len
+from engine_core.grammar import Grammars
 from engine_core.kv_pool import KVLayout, KVPool, choose_num_blocks
 from engine_core.model_loader import LoadedModel, ModelFacts, load_model, measure_activation_bytes
 from engine_core.model_runner import ModelRunner
@@ -29,6 +30,10 @@ Report = Callable[[str], None]
 class LaunchedTokens(Protocol):
     """Tokens of a launched pass."""
 
+    @property
+    def failures(self) -> Mapping[Request, str]:
+        """Requests that cannot go on, and why; their token is void."""
+
     def collect(self) -> list[int]:
         """Wait for the pass, then one id per request of `Batch.sampled`."""
 
@@ -43,6 +48,11 @@ class ModelFreeTokens:
     """Base for launched passes of a device that has no model, and so no probabilities."""
 
     __slots__ = ()
+
+    @property
+    def failures(self) -> Mapping[Request, str]:
+        """None."""
+        return {}
 
     def read_logprobs(self, batch: Batch) -> dict[Request, Logprobs]:
         """None."""
@@ -82,7 +92,7 @@ class WatchedRunner:
 
 @dataclass(slots=True)
 class Device:
-    """`depth` is the number of passes in flight between two steps."""
+    """`depth` is the number of passes in flight between two steps; without a model there are no `grammars`."""
 
     model: ModelFacts
     kv_pool: KVPool
@@ -90,6 +100,7 @@ class Device:
     max_model_len: int
     max_num_batched_tokens: int
     depth: int
+    grammars: Grammars | None = None
 
 
 def load_device(config: EngineConfig, directory: Path, report: Report) -> Device:
@@ -106,10 +117,12 @@ def load_device(config: EngineConfig, directory: Path, report: Report) -> Device
         f"{num_blocks} KV cache blocks", "lower --gpu-memory-utilization, --kv-cache-memory-bytes or --max-num-seqs"
     ):
         kv_pool = KVPool(model.layout, num_blocks, config.block_size, device)
-        runner = _make_runner(config, model, kv_pool, max_model_len)
+        grammars = Grammars(config, model.vocab_size, model.eos_token_ids)
+        runner = _make_runner(config, model, kv_pool, max_model_len, grammars)
     with explained_at_startup("compiled layers", "lower --gpu-memory-utilization or choose --enforce-eager"):
         runner.warm_up(report)
-    return Device(model, kv_pool, runner, max_model_len, max_num_batched_tokens, 1 if device.type == "cuda" else 0)
+    depth = 1 if device.type == "cuda" else 0
+    return Device(model, kv_pool, runner, max_model_len, max_num_batched_tokens, depth, grammars)
 
 
 def model_free_device(
@@ -147,9 +160,11 @@ def _choose_num_blocks(config: EngineConfig, model: LoadedModel, max_num_batched
     return choose_num_blocks(config, model.layout, model.device, activation_bytes)
 
 
-def _make_runner(config: EngineConfig, model: LoadedModel, kv_pool: KVPool, max_model_len: int) -> ModelRunner:
+def _make_runner(
+    config: EngineConfig, model: LoadedModel, kv_pool: KVPool, max_model_len: int, grammars: Grammars
+) -> ModelRunner:
     if model.device.type != "cuda":
-        return ModelRunner(model, kv_pool, config.max_num_seqs, max_model_len)
+        return ModelRunner(model, kv_pool, config.max_num_seqs, max_model_len, grammars)
     from engine_core.cuda_runner import CudaRunner  # needs triton, which a CPU does not
 
-    return CudaRunner(model, kv_pool, config.max_num_seqs, max_model_len, eager=config.enforce_eager)
+    return CudaRunner(model, kv_pool, config.max_num_seqs, max_model_len, grammars, eager=config.enforce_eager)

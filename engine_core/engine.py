@@ -7,7 +7,7 @@ step()   schedule ─▶ launch N+1 ─┐ no wait for the device        depth 1
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,8 @@ class EngineCore:
         self.model, self.kv_pool = device.model, device.kv_pool
         self.runner: Runner = device.runner
         self.max_model_len, self.max_num_batched_tokens = device.max_model_len, device.max_num_batched_tokens
-        self.admission = Admission(self.model.vocab_size, self.max_model_len, self.model.eos_token_ids, clock)
+        eos_token_ids = self.model.eos_token_ids
+        self.admission = Admission(self.model.vocab_size, self.max_model_len, eos_token_ids, clock, device.grammars)
         self.kv = KVCacheManager(self.kv_pool.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(self.kv, config.max_num_seqs, self.max_num_batched_tokens)
         self.counters = EngineCounters(clock)
@@ -188,12 +189,21 @@ class EngineCore:
         if self.decision_log is not None:
             self.decision_log.tokens(tokens)
         self.records.collected(launched.batch, self._clock())
+        ended = self._end_failed(launched.tokens.failures)
         outputs = self._update(launched.batch, tokens)
         if launched.batch.with_logprobs or launched.batch.prompt_spans:
             self._add_logprobs(outputs, launched)
         self.scheduler.complete(launched.batch)
         self.counters.step_done(launched.batch, self._clock() - launched.time)
-        return outputs
+        return ended + outputs
+
+    def _end_failed(self, failures: Mapping[Request, str]) -> list[RequestOutput]:
+        """Requests whose token is void end here; `_update` then drops it as it drops that of any request that ended."""
+        return [
+            RequestOutput(request.request_id, [], self._finish(request, "error", message=message))
+            for request, message in failures.items()
+            if not request.finished
+        ]
 
     def _recover(self, shortage: Shortage, failed: list[Batch]) -> list[RequestOutput]:
         """There was no memory for the passes `failed`: undo them, and go on with smaller ones.

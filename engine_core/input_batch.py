@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from engine_core.grammar import GrammarRows, Grammars
 from engine_core.request import Request
 from engine_core.sampler import SamplingTensors, apply_penalties, sample
 from engine_core.scheduler import Batch
@@ -18,7 +19,13 @@ class InputBatch:
     """Device-resident rows, one per running request."""
 
     def __init__(
-        self, num_rows: int, max_blocks: int, vocab_size: int, scratch_block: int, device: torch.device
+        self,
+        num_rows: int,
+        max_blocks: int,
+        vocab_size: int,
+        scratch_block: int,
+        device: torch.device,
+        grammars: Grammars,
     ) -> None:
         self.device = device
         self.scratch_row = num_rows
@@ -32,6 +39,7 @@ class InputBatch:
         self.seed = torch.zeros(size, dtype=torch.int64, device=device)
         self._filters = torch.zeros(size, 3, device=device)  # top_k, top_p, min_p
         self._penalties: _PenaltyRows | None = None
+        self._grammars = GrammarRows(grammars, vocab_size)
 
     def load(self, requests: Sequence[Request]) -> None:
         """Fill the rows that `requests` were given."""
@@ -44,6 +52,7 @@ class InputBatch:
         self._filters[rows] = self.to_device(filters).to(torch.float32)
         for request in requests:
             self._num_blocks[request.row] = 0
+            self._grammars.load(request)
             if request.params.has_penalties:
                 if self._penalties is None:
                     self._penalties = _PenaltyRows(self.scratch_row, self._vocab_size, self.device)
@@ -81,10 +90,15 @@ class InputBatch:
 
     def choose(self, logits: Tensor, batch: Batch, rows: Tensor, positions: Tensor) -> Tensor:
         """Like `sample`, but lengths and last tokens stay; `positions` [num_sampled] are those of the new tokens."""
-        tokens = sample(self._adjust(logits, batch, rows), self._tensors(batch.sampled, rows), positions)
+        logits = self._grammars.apply(self._adjust(logits, batch, rows), batch.sampled)
+        tokens = sample(logits, self._tensors(batch.sampled, rows), positions)
         if self._penalties is not None:
             self._penalties.output_counts[rows, tokens] += 1
         return tokens
+
+    def take_failures(self) -> dict[Request, str]:
+        """See `GrammarRows`."""
+        return self._grammars.take_failures()
 
     def to_device(self, values: Sequence[object]) -> Tensor:
         """A tensor of `values`, copied without waiting for the device."""
@@ -118,7 +132,7 @@ class InputBatch:
         changes += [
             (i, token, float("-inf"))
             for i, (request, position) in enumerate(zip(batch.sampled, batch.sampled_positions, strict=True))
-            if position - request.num_prompt_tokens < request.params.min_tokens
+            if position - request.num_prompt_tokens < request.params.min_tokens and request.params.json_schema is None
             for token in request.stop_token_ids
         ]
         if not changes:

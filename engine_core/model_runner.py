@@ -7,14 +7,15 @@ On a GPU a decode pass is one CUDA graph from last tokens to new tokens; elsewhe
 """
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from engine_core.attention.paged import AttentionMetadata
 from engine_core.attention.torch_backend import DecodeMetadata, PrefillMetadata, PrefillSpan
+from engine_core.grammar import Grammars
 from engine_core.input_batch import InputBatch
 from engine_core.kv_pool import KVPool
 from engine_core.logprobs import LogprobTensors, log_probabilities, most_alternatives, prompt_spans, sampled_spans
@@ -33,6 +34,7 @@ class SampledTokens:
     event: torch.cuda.Event | None = None
     logprobs: LogprobTensors | None = None  # of `Batch.with_logprobs`, likewise
     prompt_logprobs: LogprobTensors | None = None  # of `Batch.prompt_spans`, likewise
+    failures: Mapping[Request, str] = field(default_factory=dict)  # whose token is void, and why
 
     def collect(self) -> list[int]:
         """Wait for the device, then one id per request of `Batch.sampled`."""
@@ -52,12 +54,14 @@ class SampledTokens:
 class ModelRunner:
     """Runs batches of the scheduler on the model. Knows rows, blocks and tensors, but no queue and no policy."""
 
-    def __init__(self, loaded: LoadedModel, pool: KVPool, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, pool: KVPool, max_num_seqs: int, max_model_len: int, grammars: Grammars
+    ) -> None:
         self.model = loaded.model
         self.pool = pool
         self.device = loaded.device
         max_blocks = -(-max_model_len // pool.block_size)
-        self.rows = InputBatch(max_num_seqs, max_blocks, loaded.vocab_size, pool.scratch_block, loaded.device)
+        self.rows = InputBatch(max_num_seqs, max_blocks, loaded.vocab_size, pool.scratch_block, loaded.device, grammars)
         pool.attach(loaded.layers)
 
     def warm_up(self, report: Callable[[str], None]) -> None:
@@ -143,7 +147,8 @@ class ModelRunner:
         if batch.with_logprobs:
             index = self.rows.to_device(batch.with_logprobs)
             logprobs = log_probabilities(logits[index], tokens[index], most_alternatives(sampled_spans(batch)))
-        return SampledTokens(tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        failures = self.rows.take_failures()
+        return SampledTokens(tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, failures=failures)
 
     def _prompt_logprobs(self, logits: Tensor, inputs: PrefillInputs, batch: Batch) -> LogprobTensors | None:
         """Of the prompt tokens judged in this pass; `logits` are those at `inputs.logits_index`."""

@@ -113,7 +113,12 @@ class Scheduler:
             self._release(request)
 
     def can_run_ahead(self) -> bool:
-        """Whether `schedule()` may be called before the last pass was collected: only if nobody can be preempted."""
+        """Whether `schedule()` may be called before the last pass was collected.
+
+        Only if nobody can be preempted, and nobody's next token depends on what the host makes of the last one.
+        """
+        if any(request.params.json_schema is not None for request in self.decode_queue):
+            return False
         return self._kv.pool.num_unused >= len(self.decode_queue)
 
     def schedule(self) -> Batch | None:

@@ -24,7 +24,7 @@ from frontend.http_errors import error_body
 from frontend.json_bytes import to_json
 from frontend.output_stream import Chunk
 from frontend.request_body import parse_body, read_body
-from frontend.request_preparation import Prompt, fit_to_model, prepare_prompts
+from frontend.request_preparation import Prompt, check_schema, fit_to_model, prepare_prompts
 from frontend.schemas import GenerationFields
 from frontend.tokenizer import Tokenizer
 from minivllm.config import FrontendConfig
@@ -83,6 +83,7 @@ class GenerationEndpoint(Generic[BodyT]):
         payload = await read_body(scope, receive, self._config.max_request_bytes, self._requires_json)
         body = parse_body(self._schema, payload)
         params = body.params()
+        await check_schema(params.json_schema, body.schema_param)
         check_model(body.asked_model, self._config)
         async with watch_disconnect(receive) as disconnect:
             facts = self._engine.check_admission()

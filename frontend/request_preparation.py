@@ -9,6 +9,7 @@ import msgspec
 from frontend.schemas import Inputs
 from frontend.tokenizer import Tokenizer
 from minivllm.errors import InvalidRequestError
+from minivllm.json_schema import check_json_schema
 from minivllm.protocol import EngineFacts
 from minivllm.sampling_params import SamplingParams
 
@@ -34,6 +35,16 @@ class Prompt(msgspec.Struct, frozen=True, eq=False):
 async def run_for_size(num_characters: int, work: Callable[[], T]) -> T:
     """`work()` here when it is short, in a thread when it is long."""
     return work() if num_characters <= INLINE_CHARACTERS else await asyncio.to_thread(work)
+
+
+async def check_schema(schema: str | None, param: str) -> None:
+    """Raises `InvalidRequestError` naming `param` for a schema that is wrong or not supported."""
+    if schema is None:
+        return
+    try:
+        await run_for_size(len(schema), lambda: check_json_schema(schema))
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{param}{str(error).removeprefix('json_schema')}", param) from None
 
 
 async def prepare_prompts(inputs: Inputs, tokenizer: Tokenizer, max_model_len: int | None) -> list[Prompt]:

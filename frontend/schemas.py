@@ -2,11 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import Field, Tag, model_validator
 
 from frontend.body import Body, RequestId, text_or
+from frontend.json_bytes import to_json
 from frontend.messages import ChatMessage
 from minivllm.errors import InvalidRequestError
 from minivllm.sampling_params import SamplingParams
@@ -56,7 +57,7 @@ class SamplingFields(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
 
-    def sampling_params(self, default_max_tokens: int | None, **derived: int | None) -> SamplingParams:
+    def sampling_params(self, default_max_tokens: int | None, **derived: int | str | None) -> SamplingParams:
         """`derived` are fields that the endpoint says in its own way. Raises `InvalidRequestError` for a bad value."""
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name, None)) is not None}
         given |= derived
@@ -117,6 +118,11 @@ class GenerationFields(SamplingFields):
         """Answers to each prompt."""
         return 1
 
+    @property
+    def schema_param(self) -> str:
+        """The name of the field that asks for a JSON schema."""
+        return "json_schema"
+
     @abstractmethod
     def inputs(self) -> Inputs:
         """What the model is to read."""
@@ -131,11 +137,13 @@ class GenerateRequest(PromptFields, GenerationFields):
 
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: dict[str, Any] | None = None
     stream: bool = True
 
     def params(self) -> SamplingParams:
         """See the base."""
-        return self.sampling_params(DEFAULT_MAX_TOKENS if self.messages is None else None)
+        schema = None if self.json_schema is None else to_json(self.json_schema).decode()
+        return self.sampling_params(DEFAULT_MAX_TOKENS if self.messages is None else None, json_schema=schema)
 
 
 class TokenizeRequest(PromptFields):

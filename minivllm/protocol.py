@@ -30,7 +30,7 @@ from minivllm.engine_view import EngineView, RequestTimeline
 from minivllm.errors import ProtocolError
 from minivllm.sampling_params import SamplingParams, TokenId
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 FRONTEND_ID_BYTES = 8  # fixed width: SUB topics match by prefix, so "1" would also receive what is sent to "10"
 
 MAX_REQUEST_ID = 300  # characters: what a client may choose (256), and what a frontend puts around it

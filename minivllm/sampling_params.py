@@ -29,6 +29,7 @@ class SamplingParams(Struct, frozen=True, array_like=True, kw_only=True, forbid_
     stop: strings that end the text (handled by the detokenizer, not by the engine); stop_token_ids: ids that do.
     logprobs: report each output token's log-probability and those of this many most probable tokens (None: nothing).
     prompt_logprobs: the same for every prompt token after the first. Both are of the model's own distribution.
+    json_schema: text of a JSON schema that the output follows, if it is not cut short (see `minivllm.json_schema`).
     max_tokens: None means as many as the context holds. min_tokens: no stop token or EOS before that many.
     """
 
@@ -50,6 +51,7 @@ class SamplingParams(Struct, frozen=True, array_like=True, kw_only=True, forbid_
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         self._check_range("temperature", self.temperature, 0.0, 100.0)
@@ -96,7 +98,7 @@ class SamplingParams(Struct, frozen=True, array_like=True, kw_only=True, forbid_
     def is_plain(self) -> bool:
         """Whether nothing but the temperature shapes the distribution (`min_tokens` aside)."""
         filters = self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
-        return not (filters or self.has_penalties or self.logit_bias)
+        return not (filters or self.has_penalties or self.logit_bias or self.json_schema is not None)
 
     @staticmethod
     def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from frontend.body import Body
+from frontend.json_bytes import to_json
 from frontend.schemas import DEFAULT_MAX_TOKENS, GenerationFields, Inputs, Messages, TokenIds
 from minivllm.errors import InvalidRequestError
+from minivllm.json_schema import ANY_OBJECT
 from minivllm.sampling_params import SamplingParams
 
 MAX_N = 128
@@ -42,11 +44,35 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None  # padding against observers of the connection: none is added here
 
 
+class JsonSchemaFormat(Body):
+    """A schema and what the client calls it. Every schema is followed strictly, or refused."""
+
+    name: str | None = None
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
 class ResponseFormat(Body):
-    """Free text; anything else is refused."""
+    """Free text, any JSON object, or JSON that follows a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_format(self) -> Self:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise InvalidRequestError(
+                "response_format: json_schema must be there if and only if type is json_schema", "response_format"
+            )
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """The schema that the output follows, if any. The order of properties is kept."""
+        if self.json_schema is not None:
+            return to_json(self.json_schema.json_schema).decode()
+        return ANY_OBJECT if self.type == "json_object" else None
 
 
 class OpenAIFields(GenerationFields):
@@ -68,10 +94,6 @@ class OpenAIFields(GenerationFields):
     def _check_openai(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options needs stream", "stream_options")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise InvalidRequestError(
-                f"response_format {self.response_format.type} is not supported: only text is", "response_format"
-            )
         return self
 
     @property
@@ -84,7 +106,14 @@ class OpenAIFields(GenerationFields):
         """See the base."""
         return self.n or 1
 
-    def _openai_params(self, default_max_tokens: int | None, **derived: int | None) -> SamplingParams:
+    @property
+    def schema_param(self) -> str:
+        """See the base."""
+        return "response_format"
+
+    def _openai_params(self, default_max_tokens: int | None, **derived: int | str | None) -> SamplingParams:
+        if self.response_format is not None:
+            derived["json_schema"] = self.response_format.schema_text
         if self.max_completion_tokens is not None:  # the newer name of max_tokens; clients may send both
             derived["max_tokens"] = self.max_completion_tokens
             with _said_as("max_tokens", "max_completion_tokens"):

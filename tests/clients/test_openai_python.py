@@ -1,15 +1,18 @@
 """The openai package as its users call it, on the real default model."""
 
 import asyncio
+import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 import torch
 from openai.types.chat import ChatCompletionMessageParam
+from pydantic import BaseModel, Field
 
 from frontend.tokenizer import Tokenizer
 from tests.support.models import hf_model
@@ -17,6 +20,14 @@ from tests.support.server import ServerProcess
 
 MODEL = "smol"
 QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+class City(BaseModel):
+    """What is asked for."""
+
+    name: str = Field(max_length=20)
+    is_capital: bool
+    neighbours: list[Literal["Lyon", "Reims"]] = Field(max_length=2)
 
 
 @pytest.fixture
@@ -55,6 +66,70 @@ def test_a_streamed_chat_that_goes_on(client: openai.OpenAI) -> None:
     follow_up: list[Any] = [*QUESTION, message.model_dump(), {"role": "user", "content": "And of Italy?"}]
     answer = client.chat.completions.create(model=MODEL, messages=follow_up, temperature=0, max_tokens=32)
     assert "Rome" in (answer.choices[0].message.content or "")
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "country": {"enum": ["France", "Italy"]},
+        "population_in_millions": {"type": "number", "minimum": 0, "maximum": 50},
+    },
+    "required": ["city", "country", "population_in_millions"],
+    "additionalProperties": False,
+}
+
+
+def check_city(text: str | None) -> None:
+    city = json.loads(text or "")
+    assert list(city) == SCHEMA["required"]
+    assert len(city["city"]) <= 20
+    assert city["country"] in {"France", "Italy"}
+    assert 0 <= city["population_in_millions"] <= 50
+
+
+def test_answers_that_follow_a_schema(client: openai.OpenAI) -> None:
+    """Several at once, greedy and sampled, whole and streamed, beside a free one that they leave alone."""
+    response_format: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": SCHEMA, "strict": True}}
+    free = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=32)
+    with ThreadPoolExecutor() as pool:
+        beside = pool.submit(
+            lambda: client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=32)
+        )
+        answers = client.chat.completions.create(
+            model=MODEL, messages=QUESTION, n=3, seed=1, max_tokens=200, response_format=response_format
+        )
+        assert beside.result().choices[0].message.content == free.choices[0].message.content
+    for choice in answers.choices:
+        assert choice.finish_reason == "stop"
+        check_city(choice.message.content)
+    events = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, temperature=0, stream=True, max_tokens=200, response_format=response_format
+    )
+    check_city("".join(event.choices[0].delta.content or "" for event in events))
+
+
+def test_any_object(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model=MODEL, prompt="A city as JSON:", temperature=0, max_tokens=150,
+        extra_body={"response_format": {"type": "json_object"}},
+    )  # fmt: skip
+    (choice,) = answer.choices
+    if choice.finish_reason == "stop":
+        assert isinstance(json.loads(choice.text), dict)
+    else:
+        assert choice.text.lstrip().startswith("{")
+
+
+def test_a_schema_as_a_class(client: openai.OpenAI) -> None:
+    """`parse` sends the schema of a pydantic model and reads the answer back into one."""
+    answer = client.chat.completions.parse(
+        model=MODEL, messages=QUESTION, temperature=0, max_tokens=200, response_format=City
+    )
+    assert isinstance(answer.choices[0].message.parsed, City)
+    bad: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}
+    with pytest.raises(openai.BadRequestError, match="Unimplemented keys"):
+        client.chat.completions.create(model=MODEL, messages=QUESTION, response_format=bad, stream=True)
 
 
 def test_completions_in_every_form(client: openai.OpenAI, default_model_dir: Path) -> None:

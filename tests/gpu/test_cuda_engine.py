@@ -1,5 +1,6 @@
 """The engine on a GPU, compiled, captured and one pass ahead, against itself on the CPU. Skipped without a GPU."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from engine_core.model_runner import SampledTokens
 from minivllm.config import EngineConfig
 from minivllm.errors import StartupError
 from minivllm.sampling_params import SamplingParams
+from tests.support.schemas import EOS_ID, PERSON, save_tokenizer
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -38,10 +40,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=512,
         vocab_size=1000,
         initializer_range=0.2,
+        eos_token_id=EOS_ID,
     )
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("llama")
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    save_tokenizer(directory)
     return directory
 
 
@@ -135,4 +139,5 @@ def random_params(rng: random.Random, index: int) -> SamplingParams:
         max_tokens=rng.randint(1, 60),
         top_k=0 if index % 3 else 20,
         repetition_penalty=1.0 if index % 5 else 1.2,
+        json_schema=None if index % 6 else json.dumps(PERSON),
     )

@@ -175,7 +175,7 @@ def test_any_msgpack_library_can_write_a_frame() -> None:
 
 
 def test_another_version_is_named() -> None:
-    with pytest.raises(ProtocolError, match=r"protocol version 1, but this process speaks version 2"):
+    with pytest.raises(ProtocolError, match=r"protocol version 1, but this process speaks version 3"):
         decode_from_frontend(raw(4, FRONTEND, [0, 0, 0], version=1))
 
 
@@ -186,7 +186,7 @@ def test_a_frame_damaged_on_its_way_is_named() -> None:
         decode_from_engine(bytes(frame))
 
 
-@pytest.mark.parametrize("frame", [b"", b"\x01", b"\x02\xce\x00\x00\x00\x00"])
+@pytest.mark.parametrize("frame", [b"", b"\x01", b"\x03\xce\x00\x00\x00\x00"])
 def test_short_frames_are_named(frame: bytes) -> None:
     with pytest.raises(ProtocolError, match=f"a frame of {len(frame)} bytes is too short"):
         decode_from_frontend(frame)

@@ -89,6 +89,14 @@ def test_a_stop_string_ends_the_stream_and_the_engines_work(
     engine.wait_for(lambda: engine.aborted == ["s"])
 
 
+def test_a_schema_that_cannot_be_followed_is_a_400(frontend: RunningFrontend, engine: FakeEngine) -> None:
+    response = frontend.http.post("/generate", json={"prompt": "a", "json_schema": {"type": "objekt"}})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "json_schema")
+    assert error["message"] == "json_schema cannot be followed: Invalid type: objekt"
+    assert not engine.adds
+
+
 def test_a_refusal_by_the_engine_is_a_400(frontend: RunningFrontend, engine: FakeEngine) -> None:
     engine.refusal = ("needs 9 blocks, there are 4", "prompt")
     response = frontend.generate(prompt="a")

@@ -1,6 +1,8 @@
 """OpenAI's endpoints on the wire, rule by rule, over a real server and real sockets, with a fake engine core behind."""
 
+import json
 import socket
+import sys
 from collections import defaultdict
 from typing import Any
 
@@ -8,6 +10,7 @@ import httpx
 import pytest
 
 from frontend.tokenizer import Tokenizer
+from minivllm.json_schema import check_json_schema
 from minivllm.protocol import Outputs
 from tests.support.fake_engine import FakeEngine, logprobs_of
 from tests.unit.frontend.running import RunningFrontend, read_until
@@ -39,6 +42,10 @@ def refusal(response: httpx.Response, status: int = 400) -> dict[str, Any]:
     error: dict[str, Any] = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
+
+
+def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
 
 
 def texts_of(chunks: list[Any]) -> dict[int, str]:
@@ -271,7 +278,13 @@ def test_log_probabilities_stop_with_the_text(
         (COMPLETIONS, {"prompt": [[999_999]]}, "prompt"),
         (COMPLETIONS, {"max_completion_tokens": 0}, "max_completion_tokens"),
         (COMPLETIONS, {"temperature": 101}, "temperature"),
-        (COMPLETIONS, {"response_format": {"type": "json_object"}}, "response_format"),
+        (COMPLETIONS, {"response_format": {"type": "grammar"}}, "response_format"),
+        (COMPLETIONS, {"response_format": {"type": "json_schema"}}, "response_format"),
+        (CHAT, {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format"),
+        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
+        (CHAT, {"response_format": schema_format({"type": "objekt"})}, "response_format"),
+        (CHAT, {"response_format": schema_format({"not": {}})}, "response_format"),
+        (COMPLETIONS, {"response_format": schema_format({"description": "x" * 40_000})}, "response_format"),
         (COMPLETIONS, {"top_logprobs": 1}, "top_logprobs"),
         (CHAT, {"top_logprobs": 1}, "top_logprobs"),
         (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -309,6 +322,39 @@ def test_every_sampling_field_reaches_the_engine(frontend: RunningFrontend, engi
         assert {name: getattr(add.params, name) for name in fields} == fields
         assert (add.params.stop, add.params.stop_token_ids, add.params.logit_bias) == (("x",), (4,), {3: 2.0})
         assert add.params.max_tokens == 7
+
+
+@both
+def test_a_response_format_reaches_the_engine(path: str, frontend: RunningFrontend, engine: FakeEngine) -> None:
+    schema = {"type": "object", "properties": {"z": {"type": "string"}, "a": {"enum": ["é", 1]}}, "required": ["z"]}
+    for asked, expected in (
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        (schema_format(schema), schema),
+    ):
+        engine.adds.clear()
+        ask(frontend, path, response_format=asked, n=2)
+        for add in engine.adds.values():
+            text = add.params.json_schema
+            assert text == (
+                None if expected is None else json.dumps(expected, separators=(",", ":"), ensure_ascii=False)
+            )
+
+
+def test_a_schema_that_cannot_be_followed_is_explained(frontend: RunningFrontend) -> None:
+    body = BODIES[CHAT] | {"response_format": schema_format({"type": "string", "pattern": "("}), "stream": True}
+    error = refusal(frontend.http.post(CHAT, json=body))
+    assert error["message"].startswith("response_format cannot be followed: regex parse error")
+
+
+def test_a_response_format_without_the_extra(frontend: RunningFrontend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    check_json_schema.cache_clear()
+    error = refusal(frontend.http.post(CHAT, json=BODIES[CHAT] | {"response_format": {"type": "json_object"}}))
+    assert "pip install 'mini-vllm[grammar]'" in error["message"]
+    assert error["param"] == "response_format"
+    assert ask(frontend, CHAT)["choices"]
 
 
 @both

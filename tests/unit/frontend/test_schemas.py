@@ -93,8 +93,11 @@ def test_every_field_reaches_the_parameters() -> None:
         "repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5, "ignore_eos": True,
         "include_stop_str_in_output": True, "skip_special_tokens": False,
     }  # fmt: skip
-    params = parse(prompt="a", stop="x", stop_token_ids=[4], logit_bias={"3": 2}, **given).params()
-    assert params == SamplingParams(stop=("x",), stop_token_ids=(4,), logit_bias={3: 2.0}, **given)
+    body = parse(prompt="a", stop="x", stop_token_ids=[4], logit_bias={"3": 2}, json_schema={"b": 1, "a": {}}, **given)
+    schema = '{"b":1,"a":{}}'
+    assert body.params() == SamplingParams(
+        stop=("x",), stop_token_ids=(4,), logit_bias={3: 2.0}, json_schema=schema, **given
+    )
 
 
 def test_null_means_default() -> None:
