@@ -1,7 +1,9 @@
 """Fixtures that all tests share: the real default model, out of the same cache that `minivllm serve` uses."""
 
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,14 @@ if shutil.which("nvidia-smi") is None:
 def default_model_dir() -> Path:
     """Local directory of the default model; fetched and converted once per machine."""
     return resolve_model(ModelConfig())
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command that a test runs in this process sets logging up; its stream is gone once the test is over."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
