@@ -58,6 +58,8 @@ def pack_linears(model: PreTrainedModel) -> int:
         for parent, name, child in originals:
             setattr(parent, name, child)
         return 0
+    for parameter in model.parameters():  # the few that are left would keep the whole file of weights in memory
+        parameter.data = parameter.data.clone()
     return len(originals)
 
 
