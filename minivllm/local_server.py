@@ -1,7 +1,6 @@
 """Runs `minivllm serve` as a subprocess on a free port, for what needs a server of its own: the benchmark, the demo."""
 
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -66,9 +65,9 @@ class LocalServer:
         return code
 
     def stop(self) -> None:
-        """End it as Ctrl-C would, for certain. Safe to repeat."""
+        """Ask it to end; make it end when that takes too long. Safe to repeat."""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.terminate()
         try:
             self.wait()
         except subprocess.TimeoutExpired:
