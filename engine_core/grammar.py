@@ -56,9 +56,10 @@ class Grammars:
         from llguidance import LLMatcher, LLParserLimits
 
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # a schema that is nothing but a reference to itself fails only here
         if matcher.is_error():
-            reason = " ".join(matcher.get_error().split())
-            raise InvalidRequestError(f"json_schema cannot be followed: {reason}", "json_schema")
+            raise InvalidRequestError(f"json_schema cannot be followed: {_error_of(matcher)}", "json_schema")
         return matcher
 
     @cached_property
@@ -121,7 +122,7 @@ class GrammarRows:
         self._num_consumed[request.row] = num_known + len(new)
         matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if matcher.is_error():  # beyond a limit of the library; the mask allows EOS
-            self._failures[request] = f"json_schema cannot be followed any further: {matcher.stop_reason()}"
+            self._failures[request] = f"json_schema cannot be followed any further: {_error_of(matcher)}"
         if num_known + len(new) < request.params.min_tokens:
             _withhold(mask, request.stop_token_ids)
 
@@ -135,6 +136,10 @@ def unpack(words: Tensor, num_bits: int) -> Tensor:
 def _advance(matcher: "LLMatcher", token_ids: Sequence[int]) -> bool:
     """Take in `token_ids`; False if one of them may not come here. What follows the end of the text is ignored."""
     return all(matcher.is_stopped() or matcher.consume_token(token) for token in token_ids)
+
+
+def _error_of(matcher: "LLMatcher") -> str:
+    return " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
 
 
 def _withhold(mask: Words, token_ids: frozenset[int]) -> None:

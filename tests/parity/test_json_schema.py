@@ -196,6 +196,15 @@ def test_bad_schemas_are_refused_alike_with_and_without_a_vocabulary(
         grammars.check(schema, [])
 
 
+def test_a_schema_that_is_its_own_definition_is_refused(
+    directory: Path, tokenizer_dir: Path, tokenizer: tokenizers.Tokenizer
+) -> None:
+    with engine_of_depth(0, directory, tokenizer_dir) as engine:
+        for schema in ({"$ref": "#"}, {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}):
+            with pytest.raises(InvalidRequestError, match="json_schema cannot be followed"):
+                engine.add_request("a", [1], SamplingParams(json_schema=json.dumps(schema)))
+
+
 def test_what_an_engine_needs_for_schemas(tiny_models: TinyModels, directory: Path, tmp_path: Path) -> None:
     params = SamplingParams(json_schema=ANY_OBJECT)
     with (
