@@ -19,7 +19,7 @@ from frontend.engine_watch import Watcher
 from frontend.trace import TraceBuilder, as_json
 from minivllm.engine_view import EngineView, RequestTimeline
 from minivllm.errors import InvalidRequestError
-from minivllm.protocol import EngineFacts
+from minivllm.protocol import MAX_REQUEST_ID, EngineFacts
 
 MAX_TRACE_SECONDS = 60.0
 _PING_SECONDS = 1.0
@@ -73,7 +73,8 @@ class RequestTimelineEndpoint:
 
     async def answer(self, request: Request) -> Response:
         request_id = request.path_params["request_id"]
-        timeline = await self._engine.watch.explain(request_id)
+        may_exist = 1 <= len(request_id) <= MAX_REQUEST_ID  # no message could ask for another one
+        timeline = await self._engine.watch.explain(request_id) if may_exist else None
         if timeline is None:
             raise HTTPException(404, f"no live or recently finished request has the id {request_id!r}")
         return JSONResponse(timeline_as_json(timeline))

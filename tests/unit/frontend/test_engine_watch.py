@@ -95,6 +95,12 @@ def test_watchers_do_not_hold_up_the_shutdown(frontend: RunningFrontend) -> None
     frontend.join()
 
 
+@pytest.mark.parametrize("request_id", ["", "x" * 3000])
+def test_an_id_that_no_request_can_have(request_id: str, frontend: RunningFrontend) -> None:
+    response = frontend.http.get(f"/v1/requests/{request_id}")
+    assert (response.status_code, response.json()["error"]["type"]) == (404, "not_found_error")
+
+
 def test_a_requests_timeline(frontend: RunningFrontend, engine: FakeEngine) -> None:
     engine.timelines["a/b"] = TIMELINE
     body = frontend.http.get("/v1/requests/a/b").json()
