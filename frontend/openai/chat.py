@@ -21,7 +21,6 @@ class ChatRenderer:
     ) -> None:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._envelope = Envelope(kind, body, request_id, model, choices)
-        self._choices = choices
         self._tokenizer = tokenizer
         self._started: dict[int, TokenTexts] = {}  # by index of the choice
 
@@ -40,7 +39,7 @@ class ChatRenderer:
 
     def whole(self, answers: Sequence[Chunk]) -> bytes:
         """See `Renderer`."""
-        return self._envelope.whole([self._whole(*pair) for pair in zip(self._choices, answers, strict=True)])
+        return self._envelope.whole(answers, self._whole)
 
     def _whole(self, choice: Choice, answer: Chunk) -> dict[str, Any]:
         return {

@@ -22,7 +22,6 @@ class CompletionRenderer:
         self, tokenizer: Tokenizer, model: str, body: CompletionRequest, request_id: str, choices: Sequence[Choice]
     ) -> None:
         self._envelope = Envelope("text_completion", body, request_id, model, choices)
-        self._choices = choices
         self._tokenizer = tokenizer
         self._echo = body.echo is True
         self._started: dict[int, CompletionLogprobs | None] = {}  # by index of the choice
@@ -42,7 +41,7 @@ class CompletionRenderer:
 
     def whole(self, answers: Sequence[Chunk]) -> bytes:
         """See `Renderer`."""
-        return self._envelope.whole([self._whole(*pair) for pair in zip(self._choices, answers, strict=True)])
+        return self._envelope.whole(answers, self._whole)
 
     def _whole(self, choice: Choice, answer: Chunk) -> dict[str, Any]:
         text, logprobs = self._content(choice, answer)

@@ -5,7 +5,7 @@ data: {"id":…,"object":…,"created":…,"model":…,"choices":[{"index":0, �
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from frontend.choices import Choice, usage
@@ -41,8 +41,9 @@ class Envelope:
             return b""
         return event(to_json({**self._fields, "choices": [], "usage": usage(self._choices)}))
 
-    def whole(self, choices: list[dict[str, Any]]) -> bytes:
-        """The whole response as JSON."""
+    def whole(self, answers: Sequence[Chunk], render: Callable[[Choice, Chunk], dict[str, Any]]) -> bytes:
+        """The whole response as JSON; `render` writes one choice with its answer."""
+        choices = [render(*pair) for pair in zip(self._choices, answers, strict=True)]
         return to_json({**self._fields, "choices": choices, "usage": usage(self._choices)})
 
 
