@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from frontend.batch_encoder import BatchEncoder
 from frontend.choices import all_ids
 from frontend.debug import invariants
 from frontend.engine_client import EngineClient
@@ -41,11 +42,12 @@ Handler = Callable[[Request], Awaitable[Response]]
 def make_app(config: ServeConfig, engine: EngineClient, tokenizer: Tokenizer, metrics: FrontendMetrics) -> Starlette:
     """The application of one frontend process."""
     models, document = Models(config, engine), openapi_document()
+    encoder = BatchEncoder(tokenizer)
     routes = [
-        *_generation_routes(config, engine, tokenizer),
+        *_generation_routes(config, engine, encoder),
         Route("/v1/models", _json(lambda request: models.all())),
         Route("/v1/models/{name:path}", _json(lambda request: models.one(request.path_params["name"]))),
-        Route("/tokenize", _tokenize(config, engine, tokenizer), methods=["POST"]),
+        Route("/tokenize", _tokenize(config, engine, encoder), methods=["POST"]),
         Route("/detokenize", _detokenize(config, tokenizer), methods=["POST"]),
         Route("/v1/requests/{request_id:path}", _abort(engine), methods=["DELETE"]),
         Route("/v1/requests/{request_id:path}", RequestTimelineEndpoint(engine).answer),
@@ -64,9 +66,9 @@ def make_app(config: ServeConfig, engine: EngineClient, tokenizer: Tokenizer, me
     return Starlette(routes=routes, middleware=_middleware(config), exception_handlers=EXCEPTION_HANDLERS)
 
 
-def _generation_routes(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer) -> list[Route]:
-    parts = (engine, tokenizer, config)
-    name = served_name(config)
+def _generation_routes(config: FrontendConfig, engine: EngineClient, encoder: BatchEncoder) -> list[Route]:
+    parts = (engine, encoder, config)
+    name, tokenizer = served_name(config), encoder.tokenizer
     completions = GenerationEndpoint(
         CompletionRequest, partial(CompletionRenderer, tokenizer, name), *parts, id_prefix="cmpl-"
     )
@@ -101,11 +103,11 @@ def _middleware(config: FrontendConfig) -> list[Middleware]:
     return middleware
 
 
-def _tokenize(config: FrontendConfig, engine: EngineClient, tokenizer: Tokenizer) -> Handler:
+def _tokenize(config: FrontendConfig, engine: EngineClient, encoder: BatchEncoder) -> Handler:
     async def endpoint(request: Request) -> Response:
         body = parse_body(TokenizeRequest, await read_body(request.scope, request.receive, config.max_request_bytes))
         max_model_len = engine.link.facts.max_model_len if engine.link.facts else None
-        [prompt] = await prepare_prompts(body.inputs(), tokenizer, max_model_len)
+        [prompt] = await prepare_prompts(body.inputs(), encoder, max_model_len)
         token_ids = prompt.token_ids
         return JSONResponse({"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids})
 

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from frontend import sse
+from frontend.batch_encoder import BatchEncoder
 from frontend.body import is_request_id
 from frontend.choices import MAX_CHOICES, Arrival, Choice, arrivals, submit, whole_answers
 from frontend.disconnect import watch_disconnect
@@ -26,7 +27,6 @@ from frontend.output_stream import Chunk
 from frontend.request_body import parse_body, read_body
 from frontend.request_preparation import Prompt, check_schema, fit_to_model, prepare_prompts
 from frontend.schemas import GenerationFields
-from frontend.tokenizer import Tokenizer
 from minivllm.config import FrontendConfig
 from minivllm.errors import InvalidRequestError, MiniVLLMError, UnknownModelError
 from minivllm.protocol import EngineFacts
@@ -62,7 +62,7 @@ class GenerationEndpoint(Generic[BodyT]):
         schema: type[BodyT],
         render: Callable[[BodyT, str, Sequence[Choice]], Renderer],
         engine: EngineClient,
-        tokenizer: Tokenizer,
+        encoder: BatchEncoder,
         config: FrontendConfig,
         *,
         id_prefix: str,
@@ -72,7 +72,7 @@ class GenerationEndpoint(Generic[BodyT]):
         self._schema = schema
         self._render = render
         self._engine = engine
-        self._tokenizer = tokenizer
+        self._encoder = encoder
         self._config = config
         self._id_prefix = id_prefix
         self._takes_header_id = takes_header_id
@@ -87,7 +87,7 @@ class GenerationEndpoint(Generic[BodyT]):
         check_model(body.asked_model, self._config)
         async with watch_disconnect(receive) as disconnect:
             facts = self._engine.check_admission()
-            prompts = await prepare_prompts(body.inputs(), self._tokenizer, facts.max_model_len)
+            prompts = await prepare_prompts(body.inputs(), self._encoder, facts.max_model_len)
             work = _fit(body, params, prompts, facts)
             if disconnect.gone:
                 return

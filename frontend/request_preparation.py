@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from frontend.batch_encoder import BatchEncoder
 from frontend.schemas import Inputs
 from frontend.tokenizer import Tokenizer
 from minivllm.errors import InvalidRequestError
@@ -13,7 +14,7 @@ from minivllm.json_schema import check_json_schema
 from minivllm.protocol import EngineFacts
 from minivllm.sampling_params import SamplingParams
 
-INLINE_CHARACTERS = 4096  # about a millisecond of tokenizing; longer text would hold up every other stream
+INLINE_CHARACTERS = 4096  # about a millisecond of work; longer text would hold up every other stream
 
 T = TypeVar("T")
 
@@ -47,28 +48,26 @@ async def check_schema(schema: str | None, param: str) -> None:
         raise InvalidRequestError(f"{param}{str(error).removeprefix('json_schema')}", param) from None
 
 
-async def prepare_prompts(inputs: Inputs, tokenizer: Tokenizer, max_model_len: int | None) -> list[Prompt]:
+async def prepare_prompts(inputs: Inputs, encoder: BatchEncoder, max_model_len: int | None) -> list[Prompt]:
     """The token ids of every prompt, or of the chat. Raises `InvalidRequestError` when one has none.
 
     Text that cannot be `max_model_len` tokens or less, however well it is tokenized, is refused at once.
     """
-
-    def encode(text: str) -> Prompt:
-        _check_size(inputs.param, text, tokenizer.max_token_bytes, max_model_len)
-        return Prompt(tokenizer.encode(text, inputs.add_special_tokens), text)
-
-    if inputs.messages:
-        chat = [message.as_template_input() for message in inputs.messages]
-        size = sum(len(message["content"]) for message in chat)
-        prompts = [await run_for_size(size, lambda: encode(tokenizer.apply_chat_template(chat)))]
-    else:
-        size = sum(len(given) for given in inputs.prompts if isinstance(given, str))
-        prompts = await run_for_size(
-            size, lambda: [encode(given) if isinstance(given, str) else Prompt(given) for given in inputs.prompts]
-        )
+    given = [await _chat_text(inputs, encoder.tokenizer)] if inputs.messages else inputs.prompts
+    texts = [prompt for prompt in given if isinstance(prompt, str)]
+    for text in texts:
+        _check_size(inputs.param, text, encoder.tokenizer.max_token_bytes, max_model_len)
+    encoded = iter(await encoder.encode(texts, inputs.add_special_tokens) if texts else ())
+    prompts = [Prompt(next(encoded), each) if isinstance(each, str) else Prompt(each) for each in given]
     if not all(prompt.token_ids for prompt in prompts):
         raise InvalidRequestError(f"{inputs.param} holds no token", inputs.param)
     return prompts
+
+
+async def _chat_text(inputs: Inputs, tokenizer: Tokenizer) -> str:
+    chat = [message.as_template_input() for message in inputs.messages]
+    size = sum(len(message["content"]) for message in chat)
+    return await run_for_size(size, lambda: tokenizer.apply_chat_template(chat))
 
 
 def _check_size(param: str, text: str, max_token_bytes: int | None, max_model_len: int | None) -> None:
