@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from frontend.access_log import AccessLogMiddleware
 from frontend.batch_encoder import BatchEncoder
 from frontend.choices import all_ids
 from frontend.debug import invariants
@@ -87,7 +88,8 @@ def _generation_routes(config: FrontendConfig, engine: EngineClient, encoder: Ba
 
 def _middleware(config: FrontendConfig) -> list[Middleware]:
     """From the outside in: a browser must be able to read a refusal, so CORS comes before the key."""
-    middleware = [Middleware(RequestIdMiddleware)]
+    middleware = [Middleware(AccessLogMiddleware)] if config.enable_access_log else []
+    middleware.append(Middleware(RequestIdMiddleware))
     if config.allowed_origins:
         middleware.append(
             Middleware(

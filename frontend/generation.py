@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from frontend import sse
+from frontend.access_log import note_choices
 from frontend.batch_encoder import BatchEncoder
 from frontend.body import is_request_id
 from frontend.choices import MAX_CHOICES, Arrival, Choice, arrivals, submit, whole_answers
@@ -94,6 +95,7 @@ class GenerationEndpoint(Generic[BodyT]):
             request_id, headers = self._request_id(body.request_id, scope)
             with submit(self._engine, request_id, work, body.num_choices, arrival_time) as choices:
                 disconnect.callback = lambda: self._abort(choices)
+                note_choices(scope, choices)
                 self._log(request_id, choices)
                 renderer = self._render(body, request_id, choices)
                 if body.stream:

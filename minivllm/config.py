@@ -88,6 +88,9 @@ class FrontendConfig(ModelConfig):
     trace_file: Path | None = Field(
         None, description="write what the engine does to this file, in the format of Perfetto and Chrome"
     )
+    enable_access_log: bool = Field(
+        False, description="log a line for each HTTP request: id, method, path, status, milliseconds, tokens"
+    )
     enable_log_requests: bool = Field(False, description="log each request's id and sizes (never its text)")
 
 

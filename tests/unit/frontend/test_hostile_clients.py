@@ -160,7 +160,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(
 
 def test_no_text_reaches_the_log(engine: FakeEngine, start_frontend: Start, caplog: pytest.LogCaptureFixture) -> None:
     """Of requests that are served, refused, malformed, cut off or left, at every endpoint, with all that is logged."""
-    frontend = start_frontend(enable_log_requests=True)
+    frontend = start_frontend(enable_log_requests=True, enable_access_log=True)
     frontend.wait_until_ready()
     secret = "hello-secret"
     bodies: list[dict[str, Any]] = [
