@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from engine_core.model_loader import LoadedModel
+from engine_core.triton_launch import launches_overlap
 from minivllm.cache import cache_dir
 
 
@@ -18,6 +19,7 @@ def compile_layers(loaded: LoadedModel) -> int:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
     torch._inductor.config.combo_kernels = True  # independent kernels side by side in one launch: q and k norms
+    torch._inductor.config.triton.enable_pdl = launches_overlap(loaded.device)
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     layers = decoder_layers(loaded)
     for layer in layers:

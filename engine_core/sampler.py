@@ -38,7 +38,7 @@ def sample(logits: Tensor, params: SamplingTensors | None, positions: Tensor) ->
     if params is None:
         return greedy
     is_greedy = params.temperature <= 0
-    scaled = logits.float() / torch.where(is_greedy, 1.0, params.temperature)[:, None]
+    scaled = logits.float() * torch.where(is_greedy, 1.0, params.temperature).reciprocal()[:, None]
     scaled = _keep_most_probable(scaled, params)
     noise = exponential_noise(params.seed, positions, logits.shape[-1])
     return torch.where(is_greedy, greedy, (scaled - noise.log_()).argmax(-1))

@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine_core.triton_launch import launch_options, launches_overlap, wait_for_earlier_kernels
+
 _CHUNK = 4096
+_NONE = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -25,9 +28,10 @@ def _splitmix64(x):
 @triton.jit
 def _chunk_kernel(
     best_ptr, index_ptr, logits_ptr, rows_ptr, temperature_ptr, seed_ptr, lengths_ptr,
-    vocab_size, logits_stride, num_chunks, CHUNK: tl.constexpr,
+    vocab_size, logits_stride, num_chunks, CHUNK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     request, chunk = tl.program_id(0), tl.program_id(1)
+    wait_for_earlier_kernels(OVERLAPS)
     row = tl.load(rows_ptr + request)
     temperature = tl.load(temperature_ptr + row)
     column = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -44,17 +48,19 @@ def _chunk_kernel(
         uniform = ((x >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2 ** -23
         # -log(-log u) in base 2, the GPU's native logarithm
         exponential = -tl.log2(uniform) * 0.6931471805599453
-        scores = scores / temperature - tl.log2(exponential) * 0.6931471805599453
-    best, index = tl.max(scores, 0, return_indices=True)
+        scores = scores * (1.0 / temperature) - tl.log2(exponential) * 0.6931471805599453
+    best = tl.max(scores, 0)
+    index = tl.min(tl.where(scores == best, column, _NONE), 0)  # cheaper than a maximum that carries its index
     tl.store(best_ptr + request * num_chunks + chunk, best)
-    tl.store(index_ptr + request * num_chunks + chunk, chunk * CHUNK + index)
+    tl.store(index_ptr + request * num_chunks + chunk, tl.minimum(index, vocab_size - 1))  # NaN equals nothing
 
 
 @triton.jit
 def _advance_kernel(
     tokens_ptr, best_ptr, index_ptr, rows_ptr, last_token_ptr, lengths_ptr, num_chunks, scratch_row,
-    CHUNKS: tl.constexpr,
+    CHUNKS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_earlier_kernels(OVERLAPS)
     request = tl.program_id(0)
     row = tl.load(rows_ptr + request)
     chunk = tl.arange(0, CHUNKS)
@@ -80,12 +86,14 @@ def sample_and_advance(
     best = torch.empty(num_reqs, num_chunks, device=logits.device)
     index = torch.empty(num_reqs, num_chunks, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(num_reqs, dtype=torch.int64, device=logits.device)
+    overlaps = launches_overlap(logits.device)
     _chunk_kernel[(num_reqs, num_chunks)](
         best, index, logits, rows, temperature, seed, lengths,
-        vocab_size, logits.stride(0), num_chunks, CHUNK=_CHUNK, num_warps=8,
+        vocab_size, logits.stride(0), num_chunks, CHUNK=_CHUNK, OVERLAPS=overlaps, num_warps=4,
+        **launch_options(overlaps),
     )  # fmt: skip
     _advance_kernel[(num_reqs,)](
         tokens, best, index, rows, last_token, lengths, num_chunks, lengths.shape[0] - 1,
-        CHUNKS=triton.next_power_of_2(num_chunks), num_warps=1,
+        CHUNKS=triton.next_power_of_2(num_chunks), OVERLAPS=overlaps, num_warps=1, **launch_options(overlaps),
     )  # fmt: skip
     return tokens

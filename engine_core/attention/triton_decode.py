@@ -8,39 +8,91 @@ Flash-Decoding (Dao et al., 2023) for the split; the heads of one group share ea
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine_core.triton_launch import launch_options, launches_overlap, wait_for_earlier_kernels
+
 NO_WINDOW = 1 << 30
 _TARGET_PROGRAMS = 2048  # enough to keep every multiprocessor of a large GPU busy
 
 
-@triton.jit
-def soft_cap(scores, softcap):
-    """softcap * tanh(scores / softcap), with tanh(x) = 2 sigmoid(2 x) - 1."""
-    return softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+class Shape(NamedTuple):
+    """Of one program of the decode kernel."""
+
+    tile: int  # keys
+    warps: int
+    stages: int  # of the software pipeline; the block table takes one
+    min_keys: int  # fewest keys per split
+    masks_all: bool  # every tile, not only the last one: less code, for large tiles
+
+
+# (most (request, kv head) pairs, shape), as measured fastest on an H200
+SHAPES = (
+    (128, Shape(64, 2, 2, 128, masks_all=True)),
+    (512, Shape(32, 1, 3, 192, masks_all=False)),
+    (1 << 30, Shape(128, 4, 2, 256, masks_all=True)),
+)
 
 
 @triton.jit
+def to_base_2(products, scaling, softcap, SOFTCAP: tl.constexpr):
+    """Scores from q·k, times 1 / ln 2: exp2 is the native instruction. tanh(x) = 2 sigmoid(2 x) - 1."""
+    if SOFTCAP:
+        return softcap * (2 * tl.sigmoid(2 * scaling * products / softcap) - 1) * 1.4426950408889634
+    return products * (scaling * 1.4426950408889634)
+
+
+@triton.jit
+def _attend(
+    peak, total, acc, query, keys, position, dims, dim_ok,
+    table_ptr, key_cache_ptr, value_cache_ptr, cache_stride_b, cache_stride_t, scaling, softcap,
+    BLOCK_SIZE: tl.constexpr, ALL_DIMS: tl.constexpr, NARROW: tl.constexpr, MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax, over the tile `keys`; those from `position` on do not count."""
+    key_ok = keys < position if MASKED else tl.full(keys.shape, True, tl.int1)
+    load_ok = key_ok[:, None] if ALL_DIMS else key_ok[:, None] & dim_ok[None, :]
+    block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=key_ok, other=0)
+    if NARROW:
+        block = block.to(tl.int32)
+    at = block * cache_stride_b + (keys % BLOCK_SIZE) * cache_stride_t  # [TILE]
+    key = tl.load(key_cache_ptr + at[:, None] + dims[None, :], mask=load_ok, other=0.0)  # [TILE, HEAD_PAD]
+    value = tl.load(value_cache_ptr + at[:, None] + dims[None, :], mask=load_ok, other=0.0)
+    products = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [GROUP_PAD, TILE]
+    scores = to_base_2(products, scaling, softcap, SOFTCAP)
+    if MASKED:
+        scores = tl.where(key_ok[None, :], scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    probs = tl.exp2(scores - new_peak[:, None])
+    decay = tl.exp2(peak - new_peak)
+    total = total * decay + tl.sum(probs, 1)
+    acc = acc * decay[:, None] + tl.dot(probs.to(value.dtype), value, input_precision=PRECISION)
+    return new_peak, total, acc
+
+
+@triton.jit(do_not_specialize=["most_splits", "min_tiles"])
 def _decode_kernel(
     out_ptr, query_ptr, key_ptr, value_ptr, key_cache_ptr, value_cache_ptr,
     rows_ptr, lengths_ptr, table_ptr, part_ptr, part_peak_ptr, part_total_ptr, arrivals_ptr,
-    scaling, softcap, window,
+    scaling, softcap, window, most_splits, min_tiles,
     query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
     cache_stride_b, cache_stride_t, cache_stride_h, table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, MIN_TILES: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    NARROW: tl.constexpr, TILE: tl.constexpr, MASKS_ALL: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(rows_ptr + request)
-    position = tl.load(lengths_ptr + row) - 1  # of the new token: the keys before it are in the cache
+    position = tl.load(lengths_ptr + row).to(tl.int32) - 1  # of the new token: the keys before it are in the cache
     first = tl.maximum(position + 1 - window, 0)
     num_tiles = tl.cdiv(position - first, TILE)
-    tiles_per_split = tl.maximum(tl.cdiv(num_tiles, SPLITS), MIN_TILES)  # short contexts are not worth splitting
+    tiles_per_split = tl.maximum(tl.cdiv(num_tiles, most_splits), min_tiles)  # short contexts are not worth splitting
     num_splits = tl.maximum(tl.cdiv(num_tiles, tiles_per_split), 1)
     if split >= num_splits:
         return
@@ -50,6 +102,7 @@ def _decode_kernel(
     group = tl.arange(0, GROUP_PAD)
     group_ok = group < GROUP
     cell_ok = group_ok[:, None] & dim_ok[None, :]
+    wait_for_earlier_kernels(OVERLAPS)
     query_at = request * query_stride_t + (head * GROUP + group)[:, None] * query_stride_h + dims[None, :]
     query = tl.load(query_ptr + query_at, mask=cell_ok, other=0.0)  # [GROUP_PAD, HEAD_PAD]
     table_ptr += row * table_stride
@@ -65,34 +118,32 @@ def _decode_kernel(
         at = tl.load(table_ptr + position // BLOCK_SIZE) * cache_stride_b + (position % BLOCK_SIZE) * cache_stride_t
         tl.store(key_cache_ptr + at + dims, new_key, mask=dim_ok)
         tl.store(value_cache_ptr + at + dims, new_value, mask=dim_ok)
-        peak = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scaling
-        if SOFTCAP:
-            peak = soft_cap(peak, softcap)
+        product = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1)
+        peak = to_base_2(product, scaling, softcap, SOFTCAP)
         total += 1.0
         acc += new_value.to(tl.float32)[None, :]
 
-    for tile in tl.range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, num_tiles)):
-        keys = first + tile * TILE + tl.arange(0, TILE)
-        key_ok = keys < position
-        block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=key_ok, other=0)
-        at = block * cache_stride_b + (keys % BLOCK_SIZE) * cache_stride_t  # [TILE] int64
-        load_ok = key_ok[:, None] & dim_ok[None, :]
-        key = tl.load(key_cache_ptr + at[:, None] + dims[None, :], mask=load_ok, other=0.0)  # [TILE, HEAD_PAD]
-        value = tl.load(value_cache_ptr + at[:, None] + dims[None, :], mask=load_ok, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scaling  # [GROUP_PAD, TILE]
-        if SOFTCAP:
-            scores = soft_cap(scores, softcap)
-        scores = tl.where(key_ok[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        probs = tl.exp(scores - new_peak[:, None])
-        decay = tl.exp(peak - new_peak)
-        total = total * decay + tl.sum(probs, 1)
-        acc = acc * decay[:, None] + tl.dot(probs.to(value.dtype), value, input_precision=PRECISION)
-        peak = new_peak
+    begin = split * tiles_per_split
+    end = tl.minimum(begin + tiles_per_split, num_tiles)
+    masked = begin
+    if not MASKS_ALL:
+        masked = tl.maximum(begin, tl.minimum(end, (position - first) // TILE))
+        for tile in tl.range(begin, masked):
+            peak, total, acc = _attend(
+                peak, total, acc, query, first + tile * TILE + tl.arange(0, TILE), position, dims, dim_ok,
+                table_ptr, key_cache_ptr, value_cache_ptr, cache_stride_b, cache_stride_t, scaling, softcap,
+                BLOCK_SIZE, HEAD_DIM == HEAD_PAD, NARROW, False, SOFTCAP, PRECISION,
+            )  # fmt: skip
+    for tile in tl.range(masked, end):
+        peak, total, acc = _attend(
+            peak, total, acc, query, first + tile * TILE + tl.arange(0, TILE), position, dims, dim_ok,
+            table_ptr, key_cache_ptr, value_cache_ptr, cache_stride_b, cache_stride_t, scaling, softcap,
+            BLOCK_SIZE, HEAD_DIM == HEAD_PAD, NARROW, True, SOFTCAP, PRECISION,
+        )  # fmt: skip
 
     pair = request * NUM_KV_HEADS + head
     if num_splits > 1:
-        mine = (pair * SPLITS + split) * GROUP + group
+        mine = (pair * most_splits + split) * GROUP + group
         tl.store(part_peak_ptr + mine, peak, mask=group_ok)
         tl.store(part_total_ptr + mine, total, mask=group_ok)
         tl.store(part_ptr + mine[:, None] * HEAD_DIM + dims[None, :], acc, mask=cell_ok)
@@ -104,13 +155,13 @@ def _decode_kernel(
         total = tl.zeros([GROUP_PAD], tl.float32)
         acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
         for other in tl.range(0, num_splits):
-            theirs = (pair * SPLITS + other) * GROUP + group
+            theirs = (pair * most_splits + other) * GROUP + group
             other_peak = tl.load(part_peak_ptr + theirs, mask=group_ok, other=0.0, cache_modifier=".cg")
             other_total = tl.load(part_total_ptr + theirs, mask=group_ok, other=1.0, cache_modifier=".cg")
             at = theirs[:, None] * HEAD_DIM + dims[None, :]
             other_acc = tl.load(part_ptr + at, mask=cell_ok, other=0.0, cache_modifier=".cg")
             new_peak = tl.maximum(peak, other_peak)
-            decay, weight = tl.exp(peak - new_peak), tl.exp(other_peak - new_peak)
+            decay, weight = tl.exp2(peak - new_peak), tl.exp2(other_peak - new_peak)
             total = total * decay + other_total * weight
             acc = acc * decay[:, None] + other_acc * weight[:, None]
             peak = new_peak
@@ -165,24 +216,19 @@ def paged_decode(
     num_reqs, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
     group, splits = num_heads // num_kv_heads, num_splits(num_reqs * num_kv_heads)
-    tile, warps, min_keys = _shape(num_reqs * num_kv_heads)
+    shape = next(shape for most_pairs, shape in SHAPES if num_reqs * num_kv_heads <= most_pairs)
+    overlaps = launches_overlap(query.device)
     out = torch.empty(num_reqs, num_heads, head_dim, dtype=query.dtype, device=query.device)
     _decode_kernel[(num_reqs, num_kv_heads, splits)](
         out, query, key, value, key_cache, value_cache,
         rows, lengths, block_table, buffers.acc, buffers.peak, buffers.total, buffers.arrivals,
-        scaling, softcap or 1.0, window or NO_WINDOW,
+        scaling, softcap or 1.0, window or NO_WINDOW, splits, shape.min_keys // shape.tile,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         *key_cache.stride()[:3], block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, HEAD_PAD=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size,
-        TILE=tile, SPLITS=splits, MIN_TILES=min_keys // tile, SOFTCAP=bool(softcap),
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=2,
+        NARROW=key_cache.numel() < 1 << 31, TILE=shape.tile, MASKS_ALL=shape.masks_all, SOFTCAP=bool(softcap),
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", OVERLAPS=overlaps,
+        num_warps=shape.warps, num_stages=shape.stages, **launch_options(overlaps),
     )  # fmt: skip
     return out
-
-
-def _shape(num_pairs: int) -> tuple[int, int, int]:
-    """(keys per tile, warps per program, fewest keys per split), as measured fastest on an H200."""
-    if num_pairs <= 128:
-        return 64, 2, 128
-    return (32, 1, 256) if num_pairs < 512 else (128, 4, 256)

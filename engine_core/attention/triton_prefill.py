@@ -1,6 +1,7 @@
 """Paged prefill attention in Triton: chunks of several prompts, packed, over everything their block tables hold.
 
-    grid    query tile × head            a tile is up to TILE_QUERY queries of one request
+    grid    query tile × heads           a tile is up to TILE_QUERY queries of one request, for one or two heads that
+                                         share their keys
     keys    read through the block table, so cached prefixes, earlier chunks and this chunk are one and the same
     loop    tiles that every query sees, without a mask; then the diagonal (and all tiles of a sliding window), masked
 
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine_core.attention.triton_decode import NO_WINDOW, soft_cap
+from engine_core.attention.triton_decode import NO_WINDOW, to_base_2
 
 TILE_QUERY = 64
 _TILE_KEY = 64
@@ -37,83 +38,96 @@ def _store_kernel(
 
 
 @triton.jit
+def _attend(
+    peak, total, acc, query, keys, positions, end, dims, dim_ok,
+    table_at, keys_at, values_at, cache_stride_b, cache_stride_t, scaling, softcap, window,
+    BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr, NARROW: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax, over the tile `keys`. Not `MASKED`: all of them are there and seen by all."""
+    load_ok = dim_ok[None, :]
+    if MASKED:
+        load_ok = (keys < end)[:, None] & load_ok
+        block = tl.load(table_at + keys // BLOCK_SIZE, mask=keys < end, other=0)
+    else:
+        block = tl.load(table_at + keys // BLOCK_SIZE)
+    if NARROW:
+        block = block.to(tl.int32)
+    at = block * cache_stride_b + keys % BLOCK_SIZE * cache_stride_t
+    cells = at[:, None] + dims[None, :]
+    key = tl.load(keys_at + cells, mask=load_ok, other=0.0)
+    value = tl.load(values_at + cells, mask=load_ok, other=0.0)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    scale = scaling * 1.4426950408889634
+    if SOFTCAP:
+        scores = to_base_2(scores, scaling, softcap, SOFTCAP)
+        scale = 1.0
+    if MASKED:
+        seen = keys[None, :] <= positions[:, None]
+        if WINDOW:
+            seen = seen & (keys[None, :] > positions[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+    safe_peak = new_peak
+    if MASKED:  # a window may hide a whole tile from a query
+        safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    probs = tl.exp2(scores * scale - safe_peak[:, None])
+    decay = tl.exp2(peak - safe_peak)
+    total = total * decay + tl.sum(probs, 1)
+    acc = tl.dot(probs.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
+    return new_peak, total, acc
+
+
+@triton.jit
 def _prefill_kernel(
     out_ptr, query_ptr, key_cache_ptr, value_cache_ptr, tiles_ptr, table_ptr,
     scaling, softcap, window,
     query_stride_t, query_stride_h, cache_stride_b, cache_stride_t, cache_stride_h, table_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE_QUERY: tl.constexpr, TILE_KEY: tl.constexpr,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE_QUERY: tl.constexpr, HEADS: tl.constexpr, TILE_KEY: tl.constexpr,
+    NARROW: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head = tl.program_id(0), tl.program_id(1)
-    num_queries = tl.load(tiles_ptr + tile * 4 + 3)
+    tile = tl.program_id(0)
+    first_head = tl.program_id(1) * HEADS
+    num_queries = tl.load(tiles_ptr + tile * 4 + 3).to(tl.int32)
     if num_queries == 0:  # padding of a captured graph
         return
     row = tl.load(tiles_ptr + tile * 4)
     token = tl.load(tiles_ptr + tile * 4 + 1)  # of the tile's first query, in the pass
-    start = tl.load(tiles_ptr + tile * 4 + 2)  # its position
-    kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
+    start = tl.load(tiles_ptr + tile * 4 + 2).to(tl.int32)  # its position
+    kv_head = first_head // (NUM_HEADS // NUM_KV_HEADS)
     dims = tl.arange(0, HEAD_PAD)
     dim_ok = dims < HEAD_DIM
-    index = tl.arange(0, TILE_QUERY)
+    line = tl.arange(0, TILE_QUERY * HEADS)  # a query of one head
+    index, head = line // HEADS, first_head + line % HEADS
     query_ok = (index < num_queries)[:, None] & dim_ok[None, :]
-    query_at = (token + index)[:, None] * query_stride_t + head * query_stride_h + dims[None, :]
+    query_at = (token + index)[:, None] * query_stride_t + head[:, None] * query_stride_h + dims[None, :]
     query = tl.load(query_ptr + query_at, mask=query_ok, other=0.0)
     positions = start + index
 
-    peak = tl.full([TILE_QUERY], float("-inf"), tl.float32)
-    total = tl.zeros([TILE_QUERY], tl.float32)
-    acc = tl.zeros([TILE_QUERY, HEAD_PAD], tl.float32)
+    peak = tl.full([TILE_QUERY * HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_QUERY * HEADS], tl.float32)
+    acc = tl.zeros([TILE_QUERY * HEADS, HEAD_PAD], tl.float32)
     end = start + num_queries
-    scale = scaling * 1.4426950408889634  # 1 / ln 2: exp2 is the native instruction
-    table_ptr += row * table_stride
-    key_cache_ptr += kv_head * cache_stride_h
-    value_cache_ptr += kv_head * cache_stride_h
+    table_at = table_ptr + row * table_stride
+    keys_at = key_cache_ptr + kv_head * cache_stride_h
+    values_at = value_cache_ptr + kv_head * cache_stride_h
     first_tile = tl.maximum(start - window + 1, 0) // TILE_KEY if WINDOW else 0
     first_masked = first_tile if WINDOW else (start + 1) // TILE_KEY
     for key_tile in tl.range(first_tile, first_masked):
-        keys = key_tile * TILE_KEY + tl.arange(0, TILE_KEY)
-        block = tl.load(table_ptr + keys // BLOCK_SIZE)
-        at = block * cache_stride_b + (keys % BLOCK_SIZE) * cache_stride_t
-        key = tl.load(key_cache_ptr + at[:, None] + dims[None, :], mask=dim_ok[None, :], other=0.0)
-        value = tl.load(value_cache_ptr + at[:, None] + dims[None, :], mask=dim_ok[None, :], other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        if SOFTCAP:
-            scores = soft_cap(scores * scaling, softcap) * 1.4426950408889634
-        else:
-            scores = scores * scale
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        probs = tl.exp2(scores - new_peak[:, None])
-        decay = tl.exp2(peak - new_peak)
-        total = total * decay + tl.sum(probs, 1)
-        acc = tl.dot(probs.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
-        peak = new_peak
+        peak, total, acc = _attend(
+            peak, total, acc, query, key_tile * TILE_KEY + tl.arange(0, TILE_KEY), positions, end,
+            dims, dim_ok, table_at, keys_at, values_at, cache_stride_b, cache_stride_t, scaling, softcap, window,
+            BLOCK_SIZE, False, NARROW, SOFTCAP, WINDOW, PRECISION,
+        )  # fmt: skip
     for key_tile in tl.range(first_masked, tl.cdiv(end, TILE_KEY)):
-        keys = key_tile * TILE_KEY + tl.arange(0, TILE_KEY)
-        key_ok = keys < end
-        block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=key_ok, other=0)
-        at = block * cache_stride_b + (keys % BLOCK_SIZE) * cache_stride_t
-        load_ok = key_ok[:, None] & dim_ok[None, :]
-        key = tl.load(key_cache_ptr + at[:, None] + dims[None, :], mask=load_ok, other=0.0)
-        value = tl.load(value_cache_ptr + at[:, None] + dims[None, :], mask=load_ok, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        if SOFTCAP:
-            scores = soft_cap(scores * scaling, softcap) * 1.4426950408889634
-        else:
-            scores = scores * scale
-        seen = keys[None, :] <= positions[:, None]
-        if WINDOW:
-            seen = seen & (keys[None, :] > positions[:, None] - window)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a window may hide a whole tile from a query
-        probs = tl.exp2(scores - safe_peak[:, None])
-        decay = tl.exp2(peak - safe_peak)
-        total = total * decay + tl.sum(probs, 1)
-        acc = tl.dot(probs.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
-        peak = new_peak
-    out_at = ((token + index)[:, None] * NUM_HEADS + head) * HEAD_DIM + dims[None, :]
-    total = tl.where(total > 0, total, 1.0)  # rows beyond the last query have seen nothing
+        peak, total, acc = _attend(
+            peak, total, acc, query, key_tile * TILE_KEY + tl.arange(0, TILE_KEY), positions, end,
+            dims, dim_ok, table_at, keys_at, values_at, cache_stride_b, cache_stride_t, scaling, softcap, window,
+            BLOCK_SIZE, True, NARROW, SOFTCAP, WINDOW, PRECISION,
+        )  # fmt: skip
+    out_at = ((token + index) * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
+    total = tl.where(total > 0, total, 1.0)  # lines beyond the last query have seen nothing
     tl.store(out_ptr + out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=query_ok)
 
 
@@ -153,14 +167,16 @@ def paged_prefill(
     _, block_size, num_kv_heads, _ = key_cache.shape
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
     wide = head_dim > 128 or query.dtype == torch.float32
-    _prefill_kernel[(tiles.shape[0], num_heads)](
+    heads = 2 if num_heads // num_kv_heads % 2 == 0 and not wide else 1
+    _prefill_kernel[(tiles.shape[0], num_heads // heads)](
         out, query, key_cache, value_cache, tiles, block_table,
         scaling, softcap or 1.0, window or NO_WINDOW,
         query.stride(0), query.stride(1), *key_cache.stride()[:3], block_table.stride(0),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         HEAD_PAD=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size,
-        TILE_QUERY=TILE_QUERY, TILE_KEY=32 if wide else _TILE_KEY, SOFTCAP=bool(softcap), WINDOW=window is not None,
+        TILE_QUERY=TILE_QUERY, HEADS=heads, TILE_KEY=32 if wide else _TILE_KEY,
+        NARROW=key_cache.numel() < 1 << 31, SOFTCAP=bool(softcap), WINDOW=window is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=1 if wide else 2,
+        num_warps=4 * heads, num_stages=1 if wide else 5 if heads == 2 else 2,
     )  # fmt: skip
     return out

@@ -50,21 +50,33 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(model_dir: Path) -> dict[str, list[int]]:
-    return generate(model_dir, device="cpu", enforce_eager=True)
+def cpu_engine(model_dir: Path) -> EngineCore:
+    return make_engine(model_dir, device="cpu", enforce_eager=True)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_tokens_equal_those_of_the_cpu(model_dir: Path, expected: dict[str, list[int]], variant: str) -> None:
-    assert generate(model_dir, device="cuda", **VARIANTS[variant]) == expected
+@pytest.fixture(scope="module")
+def expected(cpu_engine: EngineCore) -> dict[str, list[int]]:
+    return run(cpu_engine)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def engine(model_dir: Path, request: pytest.FixtureRequest) -> EngineCore:
+    return make_engine(model_dir, device="cuda", **VARIANTS[request.param])
+
+
+def test_tokens_equal_those_of_the_cpu(engine: EngineCore, expected: dict[str, list[int]]) -> None:
+    assert run(engine) == expected
+
+
+def test_log_probabilities_equal_those_of_the_cpu(engine: EngineCore, cpu_engine: EngineCore) -> None:
+    assert log_probabilities(engine) == pytest.approx(log_probabilities(cpu_engine), abs=1e-3)
+
+
 @pytest.mark.parametrize("phase", ["run_prefill", "run_decode", "collect"])
 def test_shortages_in_every_phase_change_no_token(
-    model_dir: Path, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, variant: str, phase: str
+    engine: EngineCore, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    engine = make_engine(model_dir, device="cuda", **VARIANTS[variant])
+    before = engine.counters.num_oom_recoveries
     place: Any = SampledTokens if phase == "collect" else engine.runner
     original, num_calls = getattr(place, phase), 0
 
@@ -78,7 +90,7 @@ def test_shortages_in_every_phase_change_no_token(
 
     monkeypatch.setattr(place, phase, fail_sometimes)
     assert run(engine) == expected
-    assert engine.counters.num_oom_recoveries > 1
+    assert engine.counters.num_oom_recoveries > before + 1
 
 
 def test_a_device_that_is_really_full_changes_no_token(model_dir: Path, expected: dict[str, list[int]]) -> None:
@@ -100,11 +112,6 @@ def test_start_up_in_too_little_memory_says_what_to_change(model_dir: Path) -> N
         make_engine(model_dir, device="cuda", kv_cache_memory_bytes=None, gpu_memory_utilization=1e-5)
 
 
-def generate(model_dir: Path, **options: Any) -> dict[str, list[int]]:
-    """See `run`."""
-    return run(make_engine(model_dir, **options))
-
-
 def make_engine(model_dir: Path, **options: Any) -> EngineCore:
     defaults = {"max_num_seqs": 16, "kv_cache_memory_bytes": 2**28, "dtype": "float32"}
     return EngineCore(EngineConfig.model_validate({"model": str(model_dir), **defaults, **options}), model_dir)
@@ -124,6 +131,23 @@ def run(engine: EngineCore, join_every: int = 2) -> dict[str, list[int]]:
                 outputs[output.request_id] += output.token_ids
     engine.check_integrity()
     return outputs
+
+
+def log_probabilities(engine: EngineCore) -> list[float]:
+    """Of the tokens of three prompts, of what follows them, and of the most probable ones at each place."""
+    rng = random.Random(2)
+    for index in range(3):
+        prompt = [rng.randint(0, 999) for _ in range(30 * index + 5)]
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=6, logprobs=2, prompt_logprobs=2)
+        engine.add_request(f"asking-{index}", prompt, params)
+    own: dict[str, list[float]] = {f"asking-{index}": [] for index in range(3)}
+    top: dict[str, list[float]] = {request_id: [] for request_id in own}
+    while engine.has_work:
+        for output in engine.step():
+            for logprobs in filter(None, (output.prompt_logprobs, output.logprobs)):
+                own[output.request_id] += logprobs.tokens
+                top[output.request_id] += logprobs.top
+    return [value for values in (*own.values(), *top.values()) for value in values]
 
 
 def random_prompt(rng: random.Random) -> list[int]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from engine_core.attention import triton_decode
 from engine_core.attention.triton_decode import SplitBuffers, paged_decode
 from engine_core.attention.triton_prefill import paged_prefill, query_tiles, store_kv
 from engine_core.sampler import SamplingTensors, sample
@@ -24,6 +25,7 @@ CASES = [
     (4, 4, 80, 70, None, torch.float32),  # a head size that is no power of two
     (8, 1, 128, None, 30.0, torch.float32),
     (4, 2, 256, None, None, torch.float16),
+    (8, 2, 64, 20, None, torch.float16),
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
@@ -73,10 +75,19 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize("shape", [shape for _, shape in triton_decode.SHAPES])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "window", "softcap", "dtype"), CASES)
 def test_decode_stores_and_attends(
-    heads: int, kv_heads: int, dim: int, window: int | None, softcap: float | None, dtype: torch.dtype
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+    shape: triton_decode.Shape,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(triton_decode, "SHAPES", ((1 << 30, shape),))
     pool = Pool(kv_heads, dim, dtype)
     buffers = SplitBuffers.allocate(len(ROWS), heads, kv_heads, dim, DEVICE)
     rows, lengths = torch.tensor(ROWS, device=DEVICE), torch.tensor([*LENGTHS, 1], device=DEVICE)
@@ -120,13 +131,14 @@ def test_prefill_attends_over_prefix_and_chunk(
         assert error(output[own], expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, MAX_TOKENS])
-@pytest.mark.parametrize("bias", [False, True])
-def test_small_linear_equals_linear(num_tokens: int, bias: bool) -> None:
+@pytest.mark.parametrize("num_tokens", [1, 3, 65, MAX_TOKENS])
+@pytest.mark.parametrize(("out_features", "in_features", "bias"), [(40, 300, False), (40, 300, True), (64, 256, False)])
+def test_small_linear_equals_linear(num_tokens: int, out_features: int, in_features: int, bias: bool) -> None:
     torch.manual_seed(num_tokens)
-    x, weight = torch.randn(num_tokens, 300, device=DEVICE), torch.randn(40, 300, device=DEVICE)
-    offset = torch.randn(40, device=DEVICE) if bias else None
-    arrivals = arrival_counters(40, DEVICE)
+    x = torch.randn(num_tokens, in_features, device=DEVICE)
+    weight = torch.randn(out_features, in_features, device=DEVICE)
+    offset = torch.randn(out_features, device=DEVICE) if bias else None
+    arrivals = arrival_counters(out_features, DEVICE)
     for _ in range(2):
         expected = torch.nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
         assert error(small_linear(x, weight, offset, arrivals), expected) < 1e-6
