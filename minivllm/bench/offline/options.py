@@ -5,22 +5,20 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from minivllm.config import EngineConfig, Positive
+from minivllm.config import EngineConfig, ModelConfig, Positive
 
 _Counts = tuple[Positive, ...]
 _Range = tuple[Positive, Positive]
 
 
-class BenchOptions(EngineConfig):
-    """What all benchmarks take. A `shape` or a cut one has random weights."""
+class ShapedConfig(ModelConfig):
+    """Which model, or which published configuration. A `shape` or a cut one has random weights."""
 
     shape: Literal["qwen3-0.6b", "llama-3.1-8b"] | None = Field(
         None, description="published configuration to run on random weights, in place of MODEL"
     )
     vocab_size: Positive | None = Field(None, description="other vocabulary for a model of random weights")
     num_hidden_layers: Positive | None = Field(None, description="other number of layers for it")
-    repeats: Positive = Field(3, description="measurements of each number; the median is shown")
-    json_: Path | None = Field(None, description="write the numbers there too")
 
     @model_validator(mode="after")
     def _check_random(self) -> Self:
@@ -30,6 +28,13 @@ class BenchOptions(EngineConfig):
         if changed and self.shape is None and self.load_format != "dummy":
             raise ValueError("--vocab-size and --num-hidden-layers need --shape or --load-format dummy")
         return self
+
+
+class BenchOptions(ShapedConfig, EngineConfig):
+    """What all benchmarks take."""
+
+    repeats: Positive = Field(3, description="measurements of each number; the median is shown")
+    json_: Path | None = Field(None, description="write the numbers there too")
 
 
 class ComparedOptions(BenchOptions):
