@@ -100,7 +100,7 @@ class StartupOptions(BenchOptions):
 class FitOptions(BenchOptions):
     """`minivllm bench fit`."""
 
-    batch_sizes: _Counts = Field((1, 2, 4, 8, 16, 32), description="requests that decode together")
+    batch_sizes: _Counts = Field((1, 2, 4, 8, 12, 16, 24, 32), description="requests that decode together")
     context_lens: _Range = Field((16, 256), description="shortest and longest prompt of decoding requests, in tokens")
     prefill_sizes: _Counts = Field(
         (8, 16, 32, 64, 128, 256, 512), description="tokens of a prefill pass; at most --max-num-batched-tokens"
