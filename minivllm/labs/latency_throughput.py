@@ -28,7 +28,7 @@ class Load(NamedTuple):
 
 def run(bench: Workbench) -> Findings:
     """Batches first: they say what the machine can do, and so which arrival rates are interesting."""
-    sizes = bench.pick([1, 2, 4, 8, 16, 32], [1, 4], gpu=[1, 4, 16, 32, 64, 128, 256])
+    sizes = bench.pick([1, 2, 4, 8, 16, 32, 64], [1, 4], gpu=[1, 4, 16, 32, 64, 128, 256])
     num_requests, output_len = bench.pick((16, 16), (4, 4), gpu=(256, 32))
     fractions = bench.pick([0.25, 0.5, 1.0, 1.5], [0.5, 1.5])
     bench.watch.plan(len(sizes) + len(fractions) + 1)
