@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from engine_core.engine import EngineCore, RequestOutput
 from engine_core.scheduler import Scheduler
-from minivllm.bench.offline.hf import HFJob, time_hf
+from minivllm.bench.offline.hf import HFJob, time_hf_here
 from minivllm.bench.offline.work import Work
 from minivllm.labs.findings import Findings, Rows
 from minivllm.labs.workbench import Workbench
@@ -17,7 +17,7 @@ from minivllm.simulate.trace import Arrival
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PROMPT_LEN = 32
+_PROMPT_LEN = 16
 
 
 @dataclass
@@ -33,8 +33,9 @@ class Schedule:
 
 def run(bench: Workbench) -> Findings:
     """All ways on the same prompts and output lengths."""
-    width, num_requests, longest = bench.pick((8, 16, 48), (2, 4, 12))
-    output_lens = [bench.source.randint(longest // 8, longest) for _ in range(num_requests)]
+    width, num_requests, longest = bench.pick((4, 16, 36), (2, 4, 8), gpu=(16, 64, 256))
+    output_lens = [round(longest / 12 ** (index / (num_requests - 1))) for index in range(num_requests)]
+    bench.source.shuffle(output_lens)
     trace = bench.at_once(output_lens, _PROMPT_LEN)
     bench.watch.plan(4)
     engine = bench.engine(max_num_seqs=width, enable_prefix_caching=False)
@@ -48,7 +49,7 @@ def run(bench: Workbench) -> Findings:
     num_tokens = sum(output_lens)
     work = Work([each.prompt_token_ids(i, engine.model.vocab_size) for i, each in enumerate(trace)], output_lens)
     job = HFJob(bench.config(), bench.directory, [work], 0.0, width, 1)
-    hf_seconds = bench.watch.run("Hugging Face generate()", lambda: time_hf(job)[0])
+    hf_seconds = bench.watch.run("Hugging Face generate()", lambda: time_hf_here(job)[0])
     faster = static.seconds / continuous.seconds
     return Findings(
         number=f"Continuous batching: {num_tokens / continuous.seconds:.0f} tokens/s in {continuous.num_steps} steps, "
@@ -58,9 +59,7 @@ def run(bench: Workbench) -> Findings:
         tables=[_table(ways, num_tokens, hf_seconds, width)],
         figure=_draw(ways),
         code=(Scheduler.schedule, Scheduler.remove, EngineCore.step),
-        notes=[
-            f"{num_requests} requests of {min(output_lens)} to {max(output_lens)} output tokens, {width} at a time."
-        ],
+        notes=[f"Requests of {', '.join(map(str, output_lens))} output tokens, {width} at a time."],
     )
 
 

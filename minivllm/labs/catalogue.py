@@ -25,6 +25,8 @@ class Lab:
         return findings
 
 
+ALL = "all"  # for `minivllm lab all`
+
 LABS = {
     lab.name: lab
     for lab in (

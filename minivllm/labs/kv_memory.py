@@ -33,9 +33,8 @@ def run(bench: Workbench) -> Findings:
     per_token = block_bytes(engine) / engine.config.block_size
     weights = engine.model.weight_bytes
     computed = bytes_per_token(config, engine.model.layout.dtype.itemsize)
-    num_blocks = 2 * num_requests  # admission leaves one for every decoding request
     size = min(_BROKEN_BLOCK_SIZE, engine.max_model_len)
-    huge = bench.engine(block_size=size, num_gpu_blocks_override=num_blocks)
+    huge = bench.engine(block_size=size, enforce_eager=True)
     broken = grow(bench, huge, num_requests, prompt_len)
     used, wasted = growth[-1][1], broken[-1][1]
     rows = [
@@ -68,7 +67,7 @@ def bytes_per_token(config: PretrainedConfig, itemsize: int) -> int:
 def block_bytes(engine: EngineCore) -> float:
     """Bytes of one block in all layers, of the tensors as they are."""
     pool = engine.kv_pool
-    return sum(cache.nbytes for cache in (*pool.key_caches, *pool.value_caches)) / (pool.num_blocks + 1)
+    return float(sum(cache[0].nbytes for cache in (*pool.key_caches, *pool.value_caches)))
 
 
 def grow(bench: Workbench, engine: EngineCore, num_requests: int, prompt_len: int) -> Growth:

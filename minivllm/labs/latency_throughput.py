@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PROMPT_LEN = 32
+_PROMPT_LEN = 16
 
 
 class Load(NamedTuple):
@@ -28,12 +28,12 @@ class Load(NamedTuple):
 
 def run(bench: Workbench) -> Findings:
     """Batches first: they say what the machine can do, and so which arrival rates are interesting."""
-    sizes = bench.pick([1, 2, 4, 8, 16, 32], [1, 4])
-    num_requests, output_len = bench.pick((24, 24), (6, 6))
-    fractions = bench.pick([0.25, 0.5, 0.75, 1.0, 1.5], [0.5, 1.5])
+    sizes = bench.pick([1, 2, 4, 8, 16, 32, 64], [1, 4], gpu=[1, 4, 16, 32, 64, 128, 256])
+    num_requests, output_len = bench.pick((20, 16), (4, 4), gpu=(256, 32))
+    fractions = bench.pick([0.25, 0.5, 1.0, 2.0], [0.5, 2.0])
     bench.watch.plan(len(sizes) + len(fractions) + 1)
     engine = bench.engine(enable_prefix_caching=False)
-    bench.observe(engine, bench.at_once([4] * sizes[-1], _PROMPT_LEN))  # warms up
+    bench.observe(engine, bench.at_once([2] * sizes[-1], _PROMPT_LEN))  # warms up
     batches = []
     for size in sizes:
         trace = bench.at_once([output_len] * size, _PROMPT_LEN)

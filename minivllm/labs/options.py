@@ -5,10 +5,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from minivllm.config import ModelConfig
+from minivllm.bench.offline.options import ShapedConfig
 
 
-class LabOptions(ModelConfig):
+class LabOptions(ShapedConfig):
     """Which model and device, how much work, and where the sheet goes."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU if there is one")

@@ -17,7 +17,7 @@ from minivllm.plots import COLORS, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_CONTEXT = 64
+_CONTEXT = 32
 _CHUNK = 8
 
 
@@ -65,9 +65,9 @@ def run(bench: Workbench) -> Findings:
 
 
 def _measure(bench: Workbench, engine: EngineCore, cost: ModelCost) -> list[Point]:
-    timer = PassTimer(engine, bench.pick(3, 1), bench.pick(12, 3))
-    lengths = bench.pick([8, 16, 32, 64, 128, 256, 512], [8, 64])
-    batches = bench.pick([1, 2, 4, 8, 16, 32], [1, 4])
+    timer = PassTimer(engine, bench.pick(3, 1, gpu=10), bench.pick(20, 2, gpu=50))
+    lengths = bench.pick([8, 32, 128, 512], [8, 32], gpu=[8, 32, 128, 512, 2048, 4096])
+    batches = bench.pick([1, 2, 4, 8, 16, 32], [1, 4], gpu=[1, 4, 16, 64, 256])
     bench.watch.plan(len(lengths) + len(batches) + 2)
     timer.prefill([lengths[-1]])  # warms up
     points = []

@@ -62,7 +62,7 @@ def run(bench: Workbench) -> Findings:
 
 def make_workloads(bench: Workbench) -> dict[str, Conversation]:
     """A shared system prompt; few-shot examples before short questions; one chat; four system prompts in turn."""
-    system, own, count = bench.pick((192, 32, 5), (64, 8, 3))
+    system, own, count = bench.pick((128, 32, 5), (64, 8, 2), gpu=(3072, 32, 5))
 
     def tokens(number: int) -> list[int]:
         return [bench.source.randrange(3, 300) for _ in range(number)]

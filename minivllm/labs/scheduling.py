@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine_core.engine import EngineCore
 from engine_core.scheduler import Scheduler
+from minivllm.bench.offline.passes import PassTimer
 from minivllm.labs.findings import Findings, Rows
 from minivllm.labs.workbench import Workbench
 from minivllm.plots import COLORS, new_figure
@@ -33,12 +34,13 @@ class Stalls(NamedTuple):
 
 def run(bench: Workbench) -> Findings:
     """Chunk sizes on the real engine, then the same requests in a large and in a tiny pool."""
-    prompt_len = bench.pick(768, 96)
-    chunks = bench.pick([64, 256, 768], [16, 96])
+    prompt_len = bench.pick(768, 96, gpu=6144)
+    chunks = bench.pick([64, 256, 768], [16, 96], gpu=[256, 1024, 6144])
     bench.watch.plan(len(chunks) + 2)
     stalls = []
     for chunk in chunks:
         engine = bench.engine(max_num_batched_tokens=chunk, enable_prefix_caching=False)
+        PassTimer(engine, 1).prefill([prompt_len])  # warms up
         stalls.append(bench.watch.run(f"chunks of {chunk}", partial(interrupt, bench, engine, prompt_len)))
     roomy, tiny = _crowd(bench)
     best, worst = stalls[0], stalls[-1]
@@ -88,7 +90,7 @@ def interrupt(bench: Workbench, engine: EngineCore, prompt_len: int) -> Stalls:
 
 def _crowd(bench: Workbench) -> tuple[Metrics, Metrics]:
     """Six requests at once: with room for all, and with a third of the blocks they need in the end."""
-    num_requests, output_len = bench.pick((6, 48), (4, 24))
+    num_requests, output_len = bench.pick((6, 48), (3, 20), gpu=(24, 240))
     trace = bench.at_once([output_len] * num_requests, _SHORT_PROMPT)
     num_blocks = num_requests * -(-(_SHORT_PROMPT + output_len) // 16)
     results = []

@@ -4,12 +4,16 @@ import asyncio
 import itertools
 import json
 import re
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 
+from engine_core.model_loader import read_config
 from engine_core.server import EngineServer
 from frontend import sse
 from frontend.detokenizer import IncrementalDetokenizer
@@ -18,6 +22,7 @@ from frontend.tokenizer import Tokenizer
 from minivllm.bench.offline.machine import this_machine
 from minivllm.errors import StartupError
 from minivllm.labs.findings import Findings, Rows
+from minivllm.labs.stand_in_tokenizer import write_stand_in_tokenizer
 from minivllm.labs.workbench import Workbench
 from minivllm.local_server import LocalServer
 from minivllm.model_store import resolve_tokenizer
@@ -41,10 +46,12 @@ class Served(NamedTuple):
 
 def run(bench: Workbench) -> Findings:
     """A real server for what the client sees; the parts of the way alone, for what each of them takes."""
-    num_tokens = bench.pick(96, 12)
+    num_tokens = bench.pick(64, 12, gpu=512)
     bench.watch.plan(2)
-    served = bench.watch.run("a server and its client", lambda: _serve(bench, num_tokens))
-    parts = bench.watch.run("the parts of the way", lambda: _parts(bench))
+    with tokenizer_directory(bench) as directory:
+        served = bench.watch.run("a server and its client", lambda: _serve(bench, directory, num_tokens))
+        tokenizer = Tokenizer.from_directory(directory)
+    parts = bench.watch.run("the parts of the way", lambda: _parts(tokenizer))
     first, last = served.streamed[0], served.streamed[-1]
     mean = (last - first) / (num_tokens - 1)
     parts = {"forward pass and sampling": served.decode_pass, **parts}
@@ -62,9 +69,22 @@ def run(bench: Workbench) -> Findings:
     )
 
 
-def _serve(bench: Workbench, num_tokens: int) -> Served:
+@contextmanager
+def tokenizer_directory(bench: Workbench) -> Iterator[Path]:
+    """The model's tokenizer; for a configuration that has none, of random weights, one that is made up."""
     options = bench.options
-    with LocalServer(options.model, "--device", options.device, "--load-format", options.load_format) as server:
+    if options.load_format != "dummy" or options.tokenizer or (bench.directory / "tokenizer.json").is_file():
+        yield resolve_tokenizer(options)
+        return
+    with tempfile.TemporaryDirectory(prefix="minivllm-tokenizer-") as temporary:
+        write_stand_in_tokenizer(Path(temporary), read_config(bench.directory).get_text_config().vocab_size)
+        yield Path(temporary)
+
+
+def _serve(bench: Workbench, tokenizer: Path, num_tokens: int) -> Served:
+    config = bench.config()
+    options = ("--device", config.device, "--load-format", config.load_format, "--tokenizer", str(tokenizer))
+    with LocalServer(str(bench.directory), *options, "--api-server-count", "1") as server:
         bench.machine = this_machine(bench.device)
         return asyncio.run(_request(server.url, num_tokens))
 
@@ -107,9 +127,8 @@ async def _decode_seconds(http: httpx.AsyncClient) -> tuple[float, float]:
     return float(found["sum"]), float(found["count"])
 
 
-def _parts(bench: Workbench) -> dict[str, float]:
+def _parts(tokenizer: Tokenizer) -> dict[str, float]:
     """Seconds per token of what happens after the pass, each alone."""
-    tokenizer = Tokenizer.from_directory(resolve_tokenizer(bench.options))
     frame = bytes(encode(Outputs(1, 1, ["gen-0123456789abcdef"], [1], [504], {})))
     event = {"request_id": "gen-0123456789abcdef", "text": " capital", "token_ids": [504], "finish_reason": None}
     detokenizer = IncrementalDetokenizer(tokenizer, SamplingParams())

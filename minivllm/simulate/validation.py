@@ -1,20 +1,23 @@
 """`scripts/validate_simulator`: the same traces on the real engine core and in the simulator, side by side.
 
-Both are driven by `run_trace`, from the same seed and with the same options; only device and clock differ.
+Both are driven by `run_trace`, from the same seed and with the same options; only device and clock differ. Where they
+disagree, the passes of the real run tell whether the cost model is wrong: it says what each of them should have taken.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from engine_core.engine import EngineCore
+from engine_core.scheduler import Batch
 from minivllm.bench.offline.machine import this_machine
+from minivllm.bench.offline.passes import launched_batches
 from minivllm.config import EngineConfig
 from minivllm.errors import StartupError
 from minivllm.model_store import resolve_model
 from minivllm.progress import Progress
-from minivllm.simulate.cost_model import load_cost_model
+from minivllm.simulate.cost_model import CostModel, load_cost_model
 from minivllm.simulate.drive import WallClock, run_trace
 from minivllm.simulate.engine import Policy
 from minivllm.simulate.metrics import Metrics, measure
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _validate(cost_model_path: str) -> str:
     cost_model = load_cost_model(cost_model_path)
-    rows = []
+    rows, charges = [], []
     with Progress() as progress:
         progress.update("loading the engine")
         config = EngineConfig()
@@ -56,13 +59,21 @@ def _validate(cost_model_path: str) -> str:
             engine.kv.pool.reset_prefix_cache()
             progress.update(f"{name}: running")
             trace = make_trace(shape)
-            real = measure(engine, run_trace(engine, trace, WallClock()))
+            before = _seconds_by_kind(engine)
+            with launched_batches(engine) as batches:
+                real = measure(engine, run_trace(engine, trace, WallClock()))
             engine.check_integrity()
+            seconds = {kind: after - before[kind] for kind, after in _seconds_by_kind(engine).items()}
             rows.append(_row(name, real, simulate(cost_model, Policy(), trace).metrics))
+            charges.append(_charge(name, cost_model, batches, seconds))
     lines = [
-        "| trace | | tokens/s | TTFT mean, ms | TTFT p50 | TTFT p99 | ITL p50 | E2E mean |",
-        "|---|---|---|---|---|---|---|---|",
+        "| trace | | tokens/s | TTFT mean, ms | TTFT p50 | TTFT p99 | ITL mean | ITL p50 | E2E mean |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(line for row in rows for line in row),
+        "",
+        "| passes of the real run, as the cost model charges them | decode | prefill |",
+        "|---|---|---|",
+        *charges,
         "",
         f"{config.model}; {this_machine(engine.model.device)}; fit: mean error {100 * cost_model.mean_error:.1f} %",
     ]
@@ -82,8 +93,22 @@ def _row(name: str, real: Metrics, simulated: Metrics) -> list[str]:
 
 
 def _values(metrics: Metrics) -> list[float]:
-    ttft = metrics.ttft
-    return [metrics.tokens_per_second, ttft.mean, ttft.p50, ttft.p99, metrics.itl.p50, metrics.e2e.mean]
+    ttft, itl = metrics.ttft, metrics.itl
+    return [metrics.tokens_per_second, ttft.mean, ttft.p50, ttft.p99, itl.mean, itl.p50, metrics.e2e.mean]
+
+
+def _seconds_by_kind(engine: EngineCore) -> dict[str, float]:
+    """Of all passes so far."""
+    histograms = engine.stats().histograms
+    return {kind: histograms[f"step_seconds_{kind}"].sum for kind in ("decode", "prefill")}
+
+
+def _charge(name: str, cost_model: CostModel, batches: Sequence[Batch], seconds: Mapping[str, float]) -> str:
+    cells = []
+    for kind, measured in seconds.items():
+        charged = sum(cost_model.seconds(batch) for batch in batches if batch.kind == kind)
+        cells.append(f"{charged:.1f} s for {measured:.1f} s, {100 * (charged / measured - 1):+.1f} %")
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

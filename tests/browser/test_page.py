@@ -2,6 +2,8 @@
 
 import re
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,17 @@ PAINTED = """id => {
 }"""
 
 
+NUM_PIXELS = """color => {
+    const canvas = document.getElementById('blocks');
+    const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+    const [red, green, blue] = color.match(/\\d+/g).map(Number);
+    let count = 0;
+    for (let i = 0; i < pixels.length; i += 4)
+        count += pixels[i] === red && pixels[i + 1] === green && pixels[i + 2] === blue && pixels[i + 3] === 255;
+    return count;
+}"""
+
+
 def wait_for(page: Any, selector: str, pattern: str, index: int = 0) -> None:
     """Until one more than `index` elements show a text that `pattern` matches. (Not by eval: the page forbids it.)"""
     page.locator(selector, has_text=re.compile(pattern)).nth(index).wait_for()
@@ -30,6 +43,20 @@ def ask(page: Any, num_panes: int, max_tokens: int) -> None:
     page.fill("#max-tokens", str(max_tokens))
     page.fill("#temperature", "0")
     page.press("#question", "Enter")
+
+
+def wait_until(page: Any, condition: Callable[[], bool]) -> None:
+    """Until `condition()`: a map of the blocks comes only now and then."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        page.wait_for_timeout(50)
+
+
+def painted(page: Any, color: str) -> int:
+    """How much of the map has exactly that colour."""
+    count: int = page.evaluate(NUM_PIXELS, color)
+    return count
 
 
 def wait_until_answered(page: Any) -> None:
@@ -97,6 +124,32 @@ def test_a_request_tells_why_it_waited(browser: Any, small_server: ServerProcess
         assert "ends: length, 16 tokens" in page.inner_text("#detail-events")
         page.keyboard.press("Escape")
         assert not page.is_visible("#detail")
+
+
+def test_the_blocks_of_a_chosen_request_stand_out(browser: Any, small_server: ServerProcess) -> None:
+    with opened(browser, small_server.url) as page:
+        ask(page, 1, 1)  # its prompt is cached now
+        wait_until_answered(page)
+        ask(page, 2, 300)  # both share it
+        wait_for(page, "#running", "^2$")
+        page.wait_for_selector("#batch button")
+        chips = page.locator("#batch button")
+        colors = [chips.nth(index).evaluate("chip => getComputedStyle(chip).borderLeftColor") for index in range(2)]
+        chips.nth(0).click()
+        wait_for(page, "#blocks-chosen", "holds [1-9][0-9]* blocks")
+        assert page.locator("#requests tr.chosen").count() == 1
+        wait_until(page, lambda: painted(page, colors[0]) > 0 == painted(page, colors[1]))
+        before = painted(page, colors[0])
+        chips.nth(1).click()
+        wait_for(page, "#blocks-chosen", "holds [1-9][0-9]* blocks")
+        # What they share has the colour of the first.
+        wait_until(page, lambda: painted(page, colors[1]) > 0 and before > painted(page, colors[0]) > 0)
+        page.keyboard.press("Escape")
+        page.locator("#blocks-chosen:empty").wait_for(state="attached")
+        assert page.locator("#requests tr.chosen").count() == 0
+        page.click("#stop")
+        wait_until_answered(page)
+    small_server.settle()
 
 
 def test_stop_ends_the_streams_and_frees_the_blocks(browser: Any, small_server: ServerProcess) -> None:

@@ -3,6 +3,7 @@
 import { color, themeColor } from "./colors.js";
 
 const GAP = 1.5;
+const DIMMED = 0.18;
 
 export class BlockMap {
   /** `onHover(text | null)` is told what the pointer is on; `onChoose(handle)` which request was clicked. */
@@ -17,10 +18,11 @@ export class BlockMap {
     });
   }
 
-  /** Draws `map` (minivllm/engine_view.py BlockMap). */
-  draw(map) {
+  /** Draws `map` (minivllm/engine_view.py BlockMap); `chosen`: a request whose blocks stand out, if any. */
+  draw(map, chosen) {
     this.map = map;
     this.cells = expand(map);
+    const isChosen = chosen ? chooser(chosen, map) : () => true;
     const width = this.canvas.clientWidth;
     this.size = Math.max(4, Math.min(15, Math.floor(Math.sqrt((width * 190) / this.cells.length))));
     this.columns = Math.max(1, Math.floor(width / this.size));
@@ -30,6 +32,7 @@ export class BlockMap {
     this.cells.forEach((cell, index) => {
       const [x, y] = [(index % this.columns) * this.size, Math.floor(index / this.columns) * this.size];
       const side = this.size - GAP;
+      context.globalAlpha = isChosen(cell) ? 1 : DIMMED;
       context.fillStyle = cell.owner > 0 ? color(cell.owner) : cell.owner < 0 ? cached : free;
       context.fillRect(x, y, side, side);
       if (cell.references > 1) {
@@ -38,6 +41,7 @@ export class BlockMap {
         context.strokeRect(x + context.lineWidth / 2, y + context.lineWidth / 2, side - context.lineWidth, side - context.lineWidth);
       }
     });
+    context.globalAlpha = 1;
     this.canvas.setAttribute(
       "aria-label",
       `Map of ${map.num_blocks} KV cache blocks: ${map.used} used, ${map.cached} cached, ${map.free} free`,
@@ -49,6 +53,15 @@ export class BlockMap {
     const index = Math.floor(event.offsetY / this.size) * this.columns + Math.floor(event.offsetX / this.size);
     return event.offsetX < this.columns * this.size ? this.cells[index] : undefined;
   }
+}
+
+/** Which cells hold blocks of a request. A shared block has the colour of its first request: `runs` tell of the others. */
+function chooser({ handle, runs }, map) {
+  const shared = new Set();
+  for (const [first, count] of runs) {
+    for (let block = first; block < first + count; block++) shared.add(block - (block % map.blocks_per_cell));
+  }
+  return (cell) => cell.owner === handle || (cell.references > 1 && shared.has(cell.block));
 }
 
 function expand(map) {

@@ -1,8 +1,9 @@
-// One request's own story, from GET /v1/requests/{id}: what happened, and why it waited.
+// One request's own story, from GET /v1/requests/{id}: what happened, why it waited, and which blocks it holds.
 
 import { element, milliseconds } from "./panels.js";
 import { request } from "./sse.js";
 
+const REFRESH_MS = 1000;
 const $ = (id) => document.getElementById(id);
 const REASONS = {
   turn: "for a pass of the other kind to end",
@@ -11,16 +12,48 @@ const REASONS = {
   budget: "for room in a prefill pass (--max-num-batched-tokens)",
 };
 
-export async function showDetail(requestId) {
-  $("detail-title").textContent = requestId;
-  $("detail-why").textContent = "…";
-  $("detail-bar").replaceChildren();
-  $("detail-events").replaceChildren();
-  if (!$("detail").open) $("detail").showModal();
-  try {
-    draw(await (await request(`/v1/requests/${encodeURIComponent(requestId)}`)).json());
-  } catch (error) {
-    $("detail-why").textContent = error.message;
+/** The chosen request: beside the page, so that its blocks can be seen meanwhile. */
+export class Detail {
+  /** `onChange()`: another request is chosen, or none, or its blocks are other ones. */
+  constructor(onChange) {
+    this.onChange = onChange;
+    this.requestId = null;
+    this.runs = []; // its blocks, [first, count] each
+    $("detail").addEventListener("close", () => this.choose(null));
+    document.addEventListener("keydown", (event) => event.key === "Escape" && !$("login").open && $("detail").close());
+  }
+
+  show(requestId) {
+    $("detail-title").textContent = requestId;
+    $("detail-why").textContent = "…";
+    $("detail-bar").replaceChildren();
+    $("detail-events").replaceChildren();
+    if (!$("detail").open) $("detail").show();
+    this.choose(requestId);
+    this.follow(requestId);
+  }
+
+  choose(requestId) {
+    this.requestId = requestId;
+    this.runs = [];
+    this.onChange();
+  }
+
+  /** Asks again and again until the request ends or another one is chosen. */
+  async follow(requestId) {
+    try {
+      for (;;) {
+        const timeline = await (await request(`/v1/requests/${encodeURIComponent(requestId)}`)).json();
+        if (this.requestId !== requestId) return;
+        draw(timeline);
+        this.runs = timeline.block_runs;
+        this.onChange();
+        if (timeline.finished_at !== null) return;
+        await new Promise((resolve) => setTimeout(resolve, REFRESH_MS));
+      }
+    } catch (error) {
+      if (this.requestId === requestId) $("detail-why").textContent = error.message;
+    }
   }
 }
 

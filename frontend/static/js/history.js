@@ -54,6 +54,13 @@ export class History {
     return tokens / RATE_SECONDS;
   }
 
+  /** The youngest request of that id; null: none is known. */
+  handleOf(requestId) {
+    let found = null;
+    for (const row of this.requests.values()) if (row.request_id === requestId) found = row.handle;
+    return found;
+  }
+
   name(handle) {
     return shortName(this.requests.get(handle)?.request_id ?? `#${handle}`);
   }

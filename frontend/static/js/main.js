@@ -3,8 +3,8 @@
 import { BlockMap } from "./blocks.js";
 import { Chat } from "./chat.js";
 import { isDark } from "./colors.js";
-import { showDetail } from "./detail.js";
-import { History } from "./history.js";
+import { Detail } from "./detail.js";
+import { History, shortName } from "./history.js";
 import { drawFigures, drawStages, RequestTable } from "./panels.js";
 import { events } from "./sse.js";
 import { Timeline } from "./timeline.js";
@@ -18,12 +18,10 @@ let drawing = false;
 
 const choose = (handle) => {
   const id = (frozen?.steps[frozen.index]?.state.requests.get(handle) ?? history.requests.get(handle))?.request_id;
-  if (id) showDetail(id);
+  if (id) detail.show(id);
 };
-const chat = new Chat((requestId) => {
-  for (const row of history.requests.values()) if (row.request_id === requestId) return row.handle;
-  return null;
-});
+const detail = new Detail(scheduleDraw);
+const chat = new Chat((requestId) => history.handleOf(requestId));
 const table = new RequestTable(choose);
 const timeline = new Timeline($("timeline"), (step) => {
   if (!frozen) pause();
@@ -59,9 +57,16 @@ function draw() {
   drawFigures(state.view, state.blocks, frozen && step, history.rate(now));
   drawStages(state, step, !frozen, choose);
   timeline.draw(steps, frozen ? Math.min(steps.at(-1).collected, now + 1.5) : now, frozen && step);
-  if (state.blocks) blockMap.draw(state.blocks);
-  table.draw(frozen ? state.requests : history.requests);
+  const chosen = detail.requestId && { handle: history.handleOf(detail.requestId), runs: detail.runs };
+  if (state.blocks) blockMap.draw(state.blocks, chosen);
+  $("blocks-chosen").textContent = chosen ? describeHolding(chosen.runs) : "";
+  table.draw(frozen ? state.requests : history.requests, chosen?.handle);
   chat.recolor();
+}
+
+function describeHolding(runs) {
+  const count = runs.reduce((sum, [, length]) => sum + length, 0);
+  return `${shortName(detail.requestId)} holds ${count} block${count === 1 ? "" : "s"}`;
 }
 
 function pause() {

@@ -3,6 +3,7 @@
 import { color } from "./colors.js";
 import { shortName } from "./history.js";
 
+const MAX_CHIPS = 300; // of a list
 const $ = (id) => document.getElementById(id);
 const WAITING_FOR = {
   turn: "The first of them waits for its turn: a pass of the other kind runs.",
@@ -34,20 +35,30 @@ export function drawFigures(view, blocks, step, rate) {
 /** The prefill queue and the batch of the pass `step`. */
 export function drawStages(state, step, isLive, onChoose) {
   const queue = [...state.requests.values()].filter((row) => row.status === "waiting" || row.status === "prefill");
-  fill($("queue"), queue.sort((a, b) => a.handle - b.handle), "Empty.", (row) =>
-    chip(row.handle, `${shortName(row.request_id)} ${row.num_computed_tokens}/${row.num_tokens}`, describeQueued(row, step), onChoose));
+  const waiting = queue.sort((a, b) => a.handle - b.handle).map((row) => ({
+    handle: row.handle,
+    textContent: `${shortName(row.request_id)} ${row.num_computed_tokens}/${row.num_tokens}`,
+    title: describeQueued(row, step),
+    className: "chip",
+  }));
+  fill($("queue"), waiting, "Empty.", onChoose);
   const idle = isLive && state.view.num_running === 0 && state.view.num_waiting === 0;
   const kind = $("pass-kind");
   kind.textContent = idle || !step ? "last" : step.kind;
   kind.className = `kind ${idle || !step ? "" : step.kind}`;
   $("pass-caption").textContent = passCaption(step, state);
-  fill($("batch"), step?.requests ?? [], "No pass yet.", (handle, index) => {
+  const served = (step?.requests ?? []).map((handle, index) => {
     const row = state.requests.get(handle);
     const end = step.kind === "prefill" ? step.starts[index] + step.counts[index] : 0;
     const name = row ? shortName(row.request_id) : `#${handle}`;
-    const chunk = step.kind === "prefill" ? `${name} [${step.starts[index]}:${end}]` : name;
-    return chip(handle, chunk, step.kind === "prefill" ? "Prompt tokens computed in this pass" : "One token in this pass", onChoose, idle);
+    return {
+      handle,
+      textContent: step.kind === "prefill" ? `${name} [${step.starts[index]}:${end}]` : name,
+      title: step.kind === "prefill" ? "Prompt tokens computed in this pass" : "One token in this pass",
+      className: idle ? "chip old" : "chip",
+    };
   });
+  fill($("batch"), served, "No pass yet.", onChoose);
 }
 
 function passCaption(step, state) {
@@ -65,16 +76,27 @@ function describeQueued(row, step) {
   return preempted + (WAITING_FOR[step?.waiting_for] ?? "Waits.");
 }
 
-function chip(handle, text, title, onChoose, isOld = false) {
-  const button = element("button", { type: "button", className: isOld ? "chip old" : "chip", title, textContent: text });
-  button.style.setProperty("--color", color(handle));
-  button.addEventListener("click", () => onChoose(handle));
-  return element("li", {}, button);
+/** Shows chips {handle, textContent, title, className} in `list`. They are kept, so that clicks and the focus are, too. */
+function fill(list, chips, none, onChoose) {
+  const shown = chips.slice(0, MAX_CHIPS);
+  const handles = new Set(shown.map((chip) => String(chip.handle)));
+  for (const item of [...list.children]) if (!handles.has(item.dataset.handle)) item.remove();
+  const kept = new Map([...list.children].map((item) => [item.dataset.handle, item]));
+  shown.forEach(({ handle, ...properties }, index) => {
+    const item = kept.get(String(handle)) ?? makeChip(handle, onChoose);
+    if (item.firstChild.textContent === properties.textContent) delete properties.textContent;
+    Object.assign(item.firstChild, properties).style.setProperty("--color", color(handle));
+    if (list.children[index] !== item) list.insertBefore(item, list.children[index] ?? null);
+  });
+  if (!shown.length) list.append(element("li", { className: "none", textContent: none }));
 }
 
-function fill(list, items, none, make) {
-  const children = items.length ? items.slice(0, 300).map(make) : [element("li", { className: "none", textContent: none })];
-  list.replaceChildren(...children);
+function makeChip(handle, onChoose) {
+  const button = element("button", { type: "button" });
+  button.addEventListener("click", () => onChoose(handle));
+  const item = element("li", {}, button);
+  item.dataset.handle = handle;
+  return item;
 }
 
 /** The table, youngest first. Rows are kept, so that the focus stays where it is. */
@@ -84,7 +106,7 @@ export class RequestTable {
     this.rows = new Map();
   }
 
-  draw(requests) {
+  draw(requests, chosen) {
     const shown = [...requests.values()].sort((a, b) => b.handle - a.handle).slice(0, 60);
     const handles = new Set(shown.map((row) => row.handle));
     for (const [handle, row] of this.rows) {
@@ -97,6 +119,7 @@ export class RequestTable {
     for (const row of shown.reverse()) {
       const line = this.rows.get(row.handle) ?? this.make(row);
       this.update(line, row);
+      line.classList.toggle("chosen", row.handle === chosen);
       if (line.nextSibling !== next || !line.parentNode) $("requests").insertBefore(line, next);
       next = line;
     }

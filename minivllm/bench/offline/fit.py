@@ -3,15 +3,16 @@
 decode   n requests decode together, with mixed and with long contexts     → base(rows), per_context_token
 prefill  one prompt, several in one pass, and one cut into many chunks      → base(tokens), per_row, per_pair
 
-Both models are linear in what is unknown (a table is a weighted sum of its points), so one least-squares solution of
-the relative errors gives everything; what would come out negative is noise, and is set to zero.
+All shapes are timed in turns, several times, so that a moment in which the machine does something else spoils one turn
+and not one shape. Both models are linear in what is unknown (a table is a weighted sum of its points), so one
+least-squares solution of the relative errors gives everything; that more work would take less time is noise.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,6 +29,8 @@ from minivllm.bench.offline.watch import Watch
 from minivllm.simulate.cost_model import CostModel, Curve, causal_pairs
 
 _MAX_LONG_ROWS = 8  # enough to see what context costs, and prompts are slow on a CPU
+
+TimedT = TypeVar("TimedT", TimedDecode, TimedPrefill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +72,28 @@ class FitReport:
 def measure_fit(options: FitOptions, directory: Path, watch: Watch) -> FitReport:
     """Raises `StartupError`."""
     engine = EngineCore(options, directory, watch.say)
-    timer = PassTimer(engine, options.repeats, options.num_decode_steps)
+    timer = PassTimer(engine, 1, -(-options.num_decode_steps // options.repeats))
     groups = decode_groups(options)
     largest = options.prefill_sizes[-1]
     prompts = [[size] for size in options.prefill_sizes]
     prompts += [[max(1, largest // 16)] * 16, [max(1, largest // 4)] * 4, [options.chunked_prompt_len]]
-    watch.plan(len(groups) + len(prompts) + 1)
+    watch.plan(options.repeats * (len(groups) + len(prompts)) + 1)
     watch.run("warm-up", lambda: timer.prefill([largest]))
-    prefills = [
-        watch.run(f"prefill of {len(prompt)} × {prompt[0]}", partial(timer.prefill, prompt)) for prompt in prompts
-    ]
-    decodes = [watch.run(f"decode of {len(group)}", partial(timer.decode, group)) for group in groups]
+    prefills: list[list[TimedPrefill]] = [[] for _ in prompts]
+    decodes: list[list[TimedDecode]] = [[] for _ in groups]
+    for _ in range(options.repeats):
+        for prompt, prefill_turns in zip(prompts, prefills, strict=True):
+            text = f"prefill of {len(prompt)} × {prompt[0]}"
+            prefill_turns.append(watch.run(text, partial(timer.prefill, prompt)))
+        for group, decode_turns in zip(groups, decodes, strict=True):
+            decode_turns.append(watch.run(f"decode of {len(group)}", partial(timer.decode, group)))
     engine.check_integrity()
-    return _report(options, engine, decodes, prefills)
+    return _report(options, engine, [*map(_middle, decodes)], [*map(_middle, prefills)])
+
+
+def _middle(turns: Sequence[TimedT]) -> TimedT:
+    """The one that took the median time."""
+    return sorted(turns, key=lambda timed: timed.seconds)[len(turns) // 2]
 
 
 def decode_groups(options: FitOptions) -> list[list[int]]:
@@ -101,7 +113,7 @@ def _report(
     prefill_sizes = tuple(size for size in options.prefill_sizes if size <= engine.max_num_batched_tokens)
     decode_samples = [decode_sample(timed, decode_sizes) for timed in decodes]
     prefill_samples = [prefill_sample(timed, prefill_sizes) for timed in prefills]
-    decode, prefill = solve(decode_samples), solve(prefill_samples)
+    decode, prefill = solve(decode_samples, len(decode_sizes)), solve(prefill_samples, len(prefill_sizes))
     rows = [*_compare(decode_samples, decode), *_compare(prefill_samples, prefill)]
     machine = this_machine(engine.model.device)
     cost_model = CostModel(
@@ -138,9 +150,13 @@ def prefill_sample(timed: TimedPrefill, sizes: tuple[int, ...]) -> Sample:
     return Sample(name, [*map(float, weights), float(pairs), float(extra_rows)], timed.seconds)
 
 
-def solve(samples: Sequence[Sample]) -> list[float]:
-    """What makes the relative errors least, in the mean of squares; nothing negative."""
+def solve(samples: Sequence[Sample], num_points: int) -> list[float]:
+    """What makes the relative errors least, in the mean of squares; nothing negative, and no point below the last one.
+
+    The first `num_points` are those of a table. What is solved for is by how much each lies above the one before.
+    """
     features = np.array([sample.features for sample in samples])
+    features[:, :num_points] = features[:, num_points - 1 :: -1].cumsum(axis=1)[:, ::-1]
     seconds = np.array([sample.seconds for sample in samples])
     scale = np.maximum(features.max(axis=0), 1e-300)  # columns of one size: pairs are millions, weights are ones
     matrix = features / scale / seconds[:, None]
@@ -149,10 +165,12 @@ def solve(samples: Sequence[Sample]) -> list[float]:
         found = np.linalg.lstsq(matrix[:, kept], np.ones(len(seconds)))[0]
         if (found >= 0).all():
             break
-        kept = kept[found >= 0]
+        kept = np.delete(kept, found.argmin())
     solution = np.zeros(matrix.shape[1])
     solution[kept] = found
-    return [float(value) for value in solution / scale]
+    solution /= scale
+    solution[:num_points] = solution[:num_points].cumsum()
+    return [float(value) for value in solution]
 
 
 def _weights(sizes: tuple[int, ...], size: int) -> list[float]:

@@ -38,7 +38,7 @@ def time_hf(job: HFJob) -> list[float]:
     """Median seconds of each work, or raises `MeasurementError` that says why there are none."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         try:
-            return executor.submit(_time_all, job).result()
+            return executor.submit(time_hf_here, job).result()
         except BrokenProcessPool as error:
             raise MeasurementError("Hugging Face's process was killed: out of memory?") from error
         except (RuntimeError, ValueError) as error:
@@ -73,7 +73,8 @@ def generate(model: PreTrainedModel, work: Work, temperature: float) -> list[lis
     return [row[:n] for row, n in zip(rows, work.output_lens, strict=True)]
 
 
-def _time_all(job: HFJob) -> list[float]:
+def time_hf_here(job: HFJob) -> list[float]:
+    """The same in this process, for whoever has sized its own KV cache already. Raises what Hugging Face raises."""
     model = load_hf(job.config, job.directory)
     generate(model, job.works[0].part(8, 4), job.temperature)
     return [median(_seconds(model, work, job) for _ in range(job.repeats)) for work in job.works]

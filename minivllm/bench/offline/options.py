@@ -5,22 +5,20 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from minivllm.config import EngineConfig, Positive
+from minivllm.config import EngineConfig, ModelConfig, Positive
 
 _Counts = tuple[Positive, ...]
 _Range = tuple[Positive, Positive]
 
 
-class BenchOptions(EngineConfig):
-    """What all benchmarks take. A `shape` or a cut one has random weights."""
+class ShapedConfig(ModelConfig):
+    """Which model, or which published configuration. A `shape` or a cut one has random weights."""
 
     shape: Literal["qwen3-0.6b", "llama-3.1-8b"] | None = Field(
         None, description="published configuration to run on random weights, in place of MODEL"
     )
     vocab_size: Positive | None = Field(None, description="other vocabulary for a model of random weights")
     num_hidden_layers: Positive | None = Field(None, description="other number of layers for it")
-    repeats: Positive = Field(3, description="measurements of each number; the median is shown")
-    json_: Path | None = Field(None, description="write the numbers there too")
 
     @model_validator(mode="after")
     def _check_random(self) -> Self:
@@ -30,6 +28,13 @@ class BenchOptions(EngineConfig):
         if changed and self.shape is None and self.load_format != "dummy":
             raise ValueError("--vocab-size and --num-hidden-layers need --shape or --load-format dummy")
         return self
+
+
+class BenchOptions(ShapedConfig, EngineConfig):
+    """What all benchmarks take."""
+
+    repeats: Positive = Field(3, description="measurements of each number; the median is shown")
+    json_: Path | None = Field(None, description="write the numbers there too")
 
 
 class ComparedOptions(BenchOptions):
@@ -95,13 +100,14 @@ class StartupOptions(BenchOptions):
 class FitOptions(BenchOptions):
     """`minivllm bench fit`."""
 
-    batch_sizes: _Counts = Field((1, 2, 4, 8, 16, 32), description="requests that decode together")
-    context_lens: _Range = Field((16, 256), description="shortest and longest prompt of decoding requests, in tokens")
+    repeats: Positive = Field(5, description="turns in which all passes are timed; the median is taken")
+    batch_sizes: _Counts = Field((1, 2, 4, 8, 12, 16, 24, 32), description="requests that decode together")
+    context_lens: _Range = Field((16, 512), description="shortest and longest prompt of decoding requests, in tokens")
     prefill_sizes: _Counts = Field(
         (8, 16, 32, 64, 128, 256, 512), description="tokens of a prefill pass; at most --max-num-batched-tokens"
     )
     chunked_prompt_len: Positive = Field(2048, description="tokens of a prompt that takes many passes")
-    num_decode_steps: Positive = Field(12, description="decode steps of each measurement; their median counts")
+    num_decode_steps: Positive = Field(30, description="decode steps of each batch size, in all turns together")
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:

@@ -45,7 +45,10 @@ class TimedPrefill:
 
 
 class PassTimer:
-    """Prompts are random, so that nothing is found in the prefix cache. Needs an idle engine and leaves it idle."""
+    """Needs an idle engine and leaves it idle. Prompts are random, those of prefill passes always new ones.
+
+    Decoding requests have the same prompts again, so that their prefill is found in the prefix cache the next time.
+    """
 
     def __init__(self, engine: EngineCore, repeats: int = 3, num_steps: int = 12) -> None:
         self._engine = engine
@@ -58,7 +61,8 @@ class PassTimer:
         """The median of `num_steps` steps. Raises `StartupError` when so many requests do not fit."""
         # The first ones decode while the last ones prefill, so all ask for more than is timed.
         num_rows = len(prompt_lens)
-        request_ids = self._add(prompt_lens, num_rows + _NUM_WARM_STEPS + self._num_steps + 2)
+        prompts = [self._prompt(random.Random(row), length) for row, length in enumerate(prompt_lens)]
+        request_ids = self._add(prompts, num_rows + _NUM_WARM_STEPS + self._num_steps + 2)
         scheduler = self._engine.scheduler
         while len(scheduler.decode_queue) < num_rows:
             self._engine.step()
@@ -81,23 +85,25 @@ class PassTimer:
 
     def _prefill_once(self, prompt_lens: Sequence[int]) -> TimedPrefill:
         with launched_batches(self._engine) as batches:
-            self._add(prompt_lens, 1)
+            self._add([self._prompt(self._source, length) for length in prompt_lens], 1)
             start = time.perf_counter()
             self._drain()
             seconds = time.perf_counter() - start
         return TimedPrefill(tuple(PassShape(tuple(zip(b.starts, b.counts, strict=True))) for b in batches), seconds)
 
-    def _add(self, prompt_lens: Sequence[int], max_tokens: int) -> list[str]:
+    def _prompt(self, source: random.Random, length: int) -> list[int]:
+        return source.choices(range(self._engine.model.vocab_size), k=length)
+
+    def _add(self, prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens)
         request_ids = []
-        for length in prompt_lens:
+        for prompt in prompts:
             self._num_requests += 1
             request_ids.append(f"pass-{self._num_requests}")
-            prompt = self._source.choices(range(self._engine.model.vocab_size), k=length)
             try:
                 self._engine.add_request(request_ids[-1], prompt, params)
             except InvalidRequestError as error:
-                raise StartupError(f"a prompt of {length} tokens: {error}") from error
+                raise StartupError(f"a prompt of {len(prompt)} tokens: {error}") from error
         return request_ids
 
     def _step_seconds(self) -> float:

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minivllm.bench.offline.options import BenchOptions
+from minivllm.bench.offline.options import ShapedConfig
 from minivllm.model_store import resolve_model
 
 SHAPES = Path(__file__).with_name("shapes")
 
-OptionsT = TypeVar("OptionsT", bound=BenchOptions)
+OptionsT = TypeVar("OptionsT", bound=ShapedConfig)
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def changed_config(content: dict[str, Any], changes: dict[str, int]) -> dict[str
     return config
 
 
-def model_name(options: BenchOptions) -> str:
+def model_name(options: ShapedConfig) -> str:
     """What was measured, for a reader: the shape or model, and how it was changed."""
     parts = [f"{options.shape} shape" if options.shape else options.model]
     if options.vocab_size is not None:

@@ -22,7 +22,7 @@ def test_a_decode_fit_finds_base_and_context() -> None:
         TimedDecode(rows, context, curve(rows) + 1e-5 * context)
         for rows, context in ((1, 20), (4, 80), (8, 160), (1, 500), (4, 3000), (6, 900))
     ]
-    found = solve([decode_sample(each, curve.sizes) for each in timed])
+    found = solve([decode_sample(each, curve.sizes) for each in timed], 3)
     assert found == pytest.approx([*curve.seconds, 1e-5])
 
 
@@ -41,14 +41,23 @@ def test_a_prefill_fit_finds_base_pairs_and_rows() -> None:
         return model.prefill(shape.num_tokens) + 1e-6 * pairs + 1e-3 * (len(shape.chunks) - 1)
 
     timed = [TimedPrefill(shapes, sum(map(seconds, shapes))) for shapes in passes]
-    assert solve([prefill_sample(each, (8, 32)) for each in timed]) == pytest.approx([0.01, 0.03, 1e-6, 1e-3])
+    assert solve([prefill_sample(each, (8, 32)) for each in timed], 2) == pytest.approx([0.01, 0.03, 1e-6, 1e-3])
 
 
 def test_noise_makes_nothing_negative() -> None:
     samples = [Sample("a", [1.0, 10.0], 1.0), Sample("b", [1.0, 100.0], 0.9), Sample("c", [1.0, 200.0], 0.8)]
-    base, slope = solve(samples)
+    base, slope = solve(samples, 1)
     assert slope == 0.0
     assert 0.8 < base < 1.0
+
+
+def test_noise_makes_no_larger_pass_cheaper() -> None:
+    curve = Curve((1, 2, 4), (0.0, 0.0, 0.0))
+    timed = [TimedDecode(rows, 0, seconds) for rows, seconds in ((1, 0.1), (2, 0.3), (4, 0.2))]
+    first, second, third, _ = solve([decode_sample(each, curve.sizes) for each in timed], 3)
+    assert first == pytest.approx(0.1)
+    assert second == third
+    assert 0.2 < second < 0.3
 
 
 def test_a_fit_of_a_real_engine_can_be_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,6 @@
 """The benchmarks on a tiny random model: the work is done, counted and compared; what cannot be done is refused."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from minivllm.bench.offline.startup import measure_startup
 from minivllm.bench.offline.throughput import measure_throughput
 from minivllm.bench.offline.watch import Watch
 from minivllm.bench.offline.work import Work
+from minivllm.cli import main
 from minivllm.config import EngineConfig
 from minivllm.errors import ModelError, StartupError
 from tests.support.models import TinyModels, hf_greedy, random_prompt
@@ -101,15 +100,14 @@ def test_latency_report_without_hugging_face_when_that_fails(
     assert all(row.comparison is None for row in report.measurements)
 
 
-def test_throughput_with_a_comparison(tiny_config: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "minivllm", "bench", "throughput", str(tiny_config), "--load-format", "dummy",
+def test_throughput_with_a_comparison(tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "bench", "throughput", str(tiny_config), "--load-format", "dummy",
         "--device", "cpu", "--num-gpu-blocks-override", "64", "--num-requests", "3", "--input-lens", "4,9",
         "--output-lens", "5,8", "--repeats", "2", "--compare", "hf", "--compare-requests", "2",
         "--hf-batch-size", "1", "--json", str(tmp_path / "out.json"),
     ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    assert main(arguments) == 0
     content = json.loads((tmp_path / "out.json").read_text())
     rows = {row["name"]: row for row in content["measurements"]}
     comparison = rows["random workload of 3"]["comparison"]
@@ -117,8 +115,9 @@ def test_throughput_with_a_comparison(tiny_config: Path, tmp_path: Path) -> None
     assert rows["random workload of 3"]["limit"] > 0
     assert content["options"]["num_requests"] == 3
     assert content["ceilings"]["bytes_per_second"] > 0
-    assert "random workload of 3" in result.stdout
-    assert "the first 2 requests" in result.stdout
+    out = capsys.readouterr().out
+    assert "random workload of 3" in out
+    assert "the first 2 requests" in out
 
 
 def test_start_up_in_stages(tiny_config: Path, watch: Watch) -> None:

@@ -5,39 +5,34 @@ from pathlib import Path
 
 import pytest
 
+from engine_core.engine import EngineCore
 from engine_core.scheduler import Scheduler
 from minivllm.cli import main
+from minivllm.config import EngineConfig
+from minivllm.errors import StartupError
 from minivllm.labs.catalogue import LABS
+from minivllm.labs.devices import Devices
 from minivllm.labs.sheet import code_reference
-from tests.support.models import TinyModels
+from minivllm.sampling_params import SamplingParams
+from tests.support.models import TinyModels, hf_greedy
 
 ROOT = Path(__file__).parents[3]
-IN_PROCESS = [name for name in LABS if name != "streaming"]
+PROMPT = list(range(3, 43))
 
 
-@pytest.mark.parametrize("name", IN_PROCESS)
-def test_a_lab_writes_its_sheet(
-    name: str, tiny_models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = str(tiny_models["llama"])
-    assert main(["lab", name, model, "--quick", "--out", str(tmp_path), "--device", "cpu"]) == 0
-    check_sheet(name, tmp_path)
-    assert "Broken on purpose" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def sheets(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory with the sheets of all labs, on a configuration without weights and without a tokenizer."""
+    directory = tmp_path_factory.mktemp("sheets")
+    model = (str(tiny_models["llama"]), "--load-format", "dummy", "--device", "cpu")
+    assert main(["lab", "all", *model, "--quick", "--out", str(directory)]) == 0
+    return directory
 
 
-def test_the_streaming_lab_measures_a_real_server(default_model_dir: Path, tmp_path: Path) -> None:
-    assert main(["lab", "streaming", str(default_model_dir), "--quick", "--out", str(tmp_path), "--device", "cpu"]) == 0
-    check_sheet("streaming", tmp_path)
-    sheet = (tmp_path / "streaming.md").read_text()
-    parts = {
-        name: float(us.replace(",", "")) for name, us in re.findall(r"^\| ([^|]+) \| ([\d,.]+) \|", sheet, re.MULTILINE)
-    }
-    assert parts["forward pass and sampling"] > parts["detokenizer"] > 0
-
-
-def check_sheet(name: str, directory: Path) -> None:
-    sheet = (directory / f"{name}.md").read_text()
-    assert "<svg" in (directory / f"{name}.svg").read_text()
+@pytest.mark.parametrize("name", LABS)
+def test_a_lab_writes_its_sheet(name: str, sheets: Path) -> None:
+    sheet = (sheets / f"{name}.md").read_text()
+    assert "<svg" in (sheets / f"{name}.svg").read_text()
     assert f"]({name}.svg)" in sheet
     assert LABS[name].break_it in sheet
     assert "nan" not in sheet.lower().split()
@@ -46,6 +41,43 @@ def check_sheet(name: str, directory: Path) -> None:
     for file, first, last in places:
         lines = (ROOT / file).read_text().splitlines()[int(first) - 1 : int(last)]
         assert re.match(r"\s*(@|def |async def |class )", lines[0])
+
+
+def test_the_streaming_lab_measures_a_real_server(sheets: Path) -> None:
+    sheet = (sheets / "streaming.md").read_text()
+    parts = {
+        name: float(us.replace(",", "")) for name, us in re.findall(r"^\| ([^|]+) \| ([\d,.]+) \|", sheet, re.MULTILINE)
+    }
+    assert parts["forward pass and sampling"] > parts["detokenizer"] > 0
+
+
+def test_a_lab_prints_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "paging", "--shape", "qwen3-0.6b", "--quick", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert "Broken on purpose: contiguous slots" in capsys.readouterr().out
+    assert "qwen3-0.6b shape, random weights" in (tmp_path / "paging.md").read_text()
+
+
+def test_engines_of_one_loaded_model_are_right_one_after_the_other(tiny_models: TinyModels) -> None:
+    directory, devices = tiny_models["llama"], Devices()
+    engines = [
+        EngineCore(
+            EngineConfig(model="tiny", device="cpu", num_gpu_blocks_override=blocks), directory, load=devices.load
+        )
+        for blocks in (None, 3)
+    ]
+    assert engines[0].model is engines[1].model
+    assert (engines[1].kv_pool.num_blocks, engines[1].max_model_len) == (3, 48)
+    for engine in engines:
+        engine.add_request("a", PROMPT, SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=8))
+        tokens = [token for _ in range(20) for output in engine.step() for token in output.token_ids]
+        assert tokens == hf_greedy(directory, PROMPT, 8)
+        engine.check_integrity()
+
+
+def test_more_blocks_than_loaded_are_refused(tiny_models: TinyModels) -> None:
+    config = EngineConfig(model="tiny", device="cpu", kv_cache_memory_bytes=1 << 20, num_gpu_blocks_override=10**6)
+    with pytest.raises(StartupError, match="1000000 blocks for 256 requests are more than"):
+        Devices().load(config, tiny_models["llama"], lambda detail: None)
 
 
 def test_code_references_are_computed() -> None:
