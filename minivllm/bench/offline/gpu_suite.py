@@ -115,14 +115,15 @@ def full_parts() -> list[Part]:
     """Both shapes as the peers were measured: context of 4,096."""
     small = ("--shape", "qwen3-0.6b", "--max-model-len", "4096")
     large = ("--shape", "llama-3.1-8b", "--max-model-len", "4096")
-    compared = ("--profile", "--compare", "hf", "--compare-max-tokens", "64")
+    compared = ("--warmups", "0", "--repeats", "1", "--compare", "hf", "--compare-max-tokens", "64")
     return [
-        Part("parity", (*_PYTEST, *_TESTS), 150),
+        Part("parity", (*_PYTEST, *_TESTS), 240),
         _bench("startup-0.6b", "startup", *small, seconds=90),
         _bench("latency-0.6b", "latency", *small, seconds=90),
-        _bench("throughput-0.6b", "throughput", *small, *compared, seconds=150),
+        _bench("throughput-0.6b", "throughput", *small, "--profile", seconds=100),
         _bench("latency-8b", "latency", *large, "--batch-sizes", "1,64", "--repeats", "2", seconds=120),
         _bench("throughput-8b", "throughput", *large, "--repeats", "1", seconds=120),
+        _bench("compare-0.6b", "throughput", *small, *compared, seconds=150),
     ]
 
 
@@ -225,7 +226,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where text and JSON go")
     parser.add_argument("--parts", nargs="+", choices=names, help="run only these")
     parser.add_argument(
-        "--time-limit", type=float, default=350, metavar="S", help="seconds for all parts [%(default)s]"
+        "--time-limit", type=float, default=600, metavar="S", help="seconds for all parts [%(default)s]"
     )
     parser.add_argument("--smoke", action="store_true", help="tiny models and a few tokens, on any device")
     return parser.parse_args(argv)
