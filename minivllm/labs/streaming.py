@@ -20,9 +20,9 @@ from frontend.detokenizer import IncrementalDetokenizer
 from frontend.output_stream import OutputStream
 from frontend.tokenizer import Tokenizer
 from minivllm.bench.offline.machine import this_machine
+from minivllm.bench.offline.stand_in_tokenizer import write_stand_in_tokenizer
 from minivllm.errors import StartupError
 from minivllm.labs.findings import Findings, Rows
-from minivllm.labs.stand_in_tokenizer import write_stand_in_tokenizer
 from minivllm.labs.workbench import Workbench
 from minivllm.local_server import LocalServer
 from minivllm.model_store import resolve_tokenizer

@@ -23,6 +23,7 @@ from rich.table import Table
 from minivllm.bench.offline.report import number
 
 ROOT = Path(__file__).parents[3]
+_HTTP = "minivllm.bench.gpu_http"
 _TESTS = ("tests/gpu", "tests/unit/engine_core/test_triton_kernels.py")
 _PYTEST = (
     *("pytest", "-q", "-p", "no:cacheprovider"),
@@ -79,6 +80,14 @@ GOALS = (
     Goal("startup-0.6b", "start to ready, cold caches", 25, 77),
     Goal("startup-0.6b", "start to ready, warm caches", 12),
     Goal("throughput-0.6b", "GPU busy", 97),
+    Goal("http-0.6b", "nano workload, 256 at once", 28_000, 22_750),
+    Goal("http-0.6b", "nano workload, 256 at once: TTFT p50", 200, 310),
+    Goal("http-0.6b", "nano workload, 256 at once: TTFT p99", 400, 545),
+    Goal("http-0.6b", "512 × 128/128 at once", 35_000, 17_750),
+    Goal("http-0.6b", "512 × 128/128 at once: ITL p50", 12, 23),
+    Goal("http-0.6b", "256 × 128/256, 64 in flight", 24_000, 17_815),
+    Goal("http-0.6b", "one stream of 128/256", 720, 555),
+    Goal("http-0.6b", "one stream of 128/256: TTFT p50", 8, 12.2),
 )
 
 
@@ -123,6 +132,7 @@ def full_parts() -> list[Part]:
         _bench("throughput-0.6b", "throughput", *small, "--profile", seconds=100),
         _bench("latency-8b", "latency", *large, "--batch-sizes", "1,64", "--repeats", "2", seconds=120),
         _bench("throughput-8b", "throughput", *large, "--repeats", "1", seconds=120),
+        Part("http-0.6b", (_HTTP,), 240),
         _bench("compare-0.6b", "throughput", *small, *compared, seconds=150),
     ]
 
@@ -135,6 +145,7 @@ def smoke_parts() -> list[Part]:
         _bench("startup-0.6b", "startup", *small, seconds=150),
         _bench("latency-0.6b", "latency", *small, *_SMOKE_LATENCY, "--repeats", "1", seconds=150),
         _bench("throughput-0.6b", "throughput", *small, *_SMOKE_THROUGHPUT, *compare, "--repeats", "1", seconds=150),
+        Part("http-0.6b", (_HTTP, "--smoke"), 150),
     ]
 
 
@@ -146,7 +157,7 @@ def run_part(part: Part, out: Path, deadline: float) -> Outcome:
         return Outcome(part.name, "skipped: no time left (--time-limit)", 0.0, {})
     json_file = out / f"{part.name}.json"
     json_file.unlink(missing_ok=True)
-    json_option = ("--json", str(json_file)) if part.command[0] == "minivllm" else ()
+    json_option = ("--json", str(json_file)) if part.command[0] in ("minivllm", _HTTP) else ()
     command = [sys.executable, "-m", *part.command, *json_option]
     with (out / f"{part.name}.txt").open("wb") as text, (out / f"{part.name}.log").open("wb") as log:
         problem = _run(command, limit, text.fileno(), log.fileno())
