@@ -24,7 +24,8 @@ class ProcessUsage(NamedTuple):
 class EngineCollector(Collector):
     """Turns the snapshot that `stats()` returns into metric families, each time /metrics is read.
 
-    stats_age: seconds since the snapshot was taken. num_restarts: of the engine core, as seen by this frontend.
+    stats_age: seconds since the snapshot was taken, infinite before the first one: counters are then left out.
+    num_restarts: of the engine core, as seen by this frontend.
     processes: filled in by whoever watches the processes.
     """
 
@@ -42,8 +43,9 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self.stats()
         yield from self._gauges(stats)
-        yield from self._counters(stats)
-        yield from self._histograms(stats.histograms)
+        if math.isfinite(self.stats_age()):  # before that, zeros would look like a restart of the engine core
+            yield from self._counters(stats)
+            yield from self._histograms(stats.histograms)
         yield from self._processes()
 
     def _gauges(self, stats: EngineStats) -> Iterator[Metric]:

@@ -157,7 +157,22 @@ async def _respond_with_events(
     # The status waits for the first token (or the first ping), so that a refusal by the engine core is still a 4xx.
     async with aclosing(arrivals(choices)) as news:
         first = await anext(news)
+        if len(choices) == 1:
+            await sse.send_events(send, _events_of_one(renderer, *first), headers, scope)
+            return
         await sse.send_events(send, _events(renderer, first, news), headers, scope)
+
+
+async def _events_of_one(renderer: Renderer, choice: Choice, chunk: Chunk | None) -> AsyncIterator[bytes]:
+    """Like `_events`, without a generator in between: it is resumed for every token."""
+    stream = choice.request.stream
+    try:
+        while chunk is None or chunk.finished is None:
+            yield sse.PING if chunk is None else renderer.event(choice, chunk)
+            chunk = await stream.get()
+        yield renderer.event(choice, chunk) + renderer.last_events() + sse.DONE
+    except MiniVLLMError as error:
+        yield sse.event(to_json(error_body(error))) + sse.DONE
 
 
 async def _events(renderer: Renderer, arrival: Arrival, news: AsyncGenerator[Arrival]) -> AsyncIterator[bytes]:

@@ -29,13 +29,15 @@ class Delivery:
     """One measurement, between the first and the last event at the client; processor time includes the requests' start.
 
     tokens_per_event: 1.0 when every step reached the client as an event of its own; more when the writer was behind.
-    frontend_us, engine_us: processor time per token in microseconds, of all frontends together and of the stub.
+    frontend_us, engine_us, load_us: processor time per token in microseconds, of all frontends together, of the stub
+    and of all load processes together.
     """
 
     tokens_per_second: float
     tokens_per_event: float
     frontend_us: float
     engine_us: float
+    load_us: float
     itl_p50_ms: float
     itl_p99_ms: float
 
@@ -79,14 +81,16 @@ async def _run(options: FrontendBenchOptions, processes: Processes) -> list[Deli
     deliveries = []
     async with LoadGenerator(target, options.num_processes) as generator:
         for _ in range(options.repeats + 1):  # the first one warms up
-            before = processes.cpu_seconds()
+            before = (*processes.cpu_seconds(), generator.cpu_seconds())
             samples = await generator.run(requests, [0.0] * len(requests))
-            after = processes.cpu_seconds()
-            deliveries.append(_delivery(samples, after[0] - before[0], after[1] - before[1]))
+            after = (*processes.cpu_seconds(), generator.cpu_seconds())
+            deliveries.append(_delivery(samples, *(end - start for start, end in zip(before, after, strict=True))))
     return deliveries[1:]
 
 
-def _delivery(samples: Sequence[Sample], frontend_seconds: float, engine_seconds: float) -> Delivery:
+def _delivery(
+    samples: Sequence[Sample], frontend_seconds: float, engine_seconds: float, load_seconds: float
+) -> Delivery:
     for sample in samples:
         if sample.error is not None:
             raise LoadError(f"a request failed: {sample.error}")
@@ -98,6 +102,7 @@ def _delivery(samples: Sequence[Sample], frontend_seconds: float, engine_seconds
         tokens_per_event=num_tokens / sum(len(sample.event_times) for sample in samples),
         frontend_us=1e6 * frontend_seconds / num_tokens,
         engine_us=1e6 * engine_seconds / num_tokens,
+        load_us=1e6 * load_seconds / num_tokens,
         itl_p50_ms=1000 * gaps[len(gaps) // 2],
         itl_p99_ms=1000 * gaps[len(gaps) * 99 // 100],
     )
@@ -114,6 +119,7 @@ def _table(options: FrontendBenchOptions, deliveries: Sequence[Delivery]) -> Tab
         "tokens per event": ("tokens_per_event", ".2f"),
         "frontend µs/token": ("frontend_us", ".1f"),
         "stub engine µs/token": ("engine_us", ".1f"),
+        "load µs/token": ("load_us", ".1f"),
         "ITL p50 ms": ("itl_p50_ms", ".1f"),
         "ITL p99 ms": ("itl_p99_ms", ".1f"),
     }

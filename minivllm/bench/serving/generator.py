@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
+import psutil
+
 from minivllm.bench.serving import messages
 from minivllm.bench.serving.endpoints import RequestSpec
 from minivllm.bench.serving.messages import Job, Progress, Ready, Result, Sample, Start, frame
@@ -53,6 +55,14 @@ class LoadGenerator:
                 process.kill()
         for process in self._processes:
             await process.wait()
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the load processes together, since they started. Raises `LoadError`."""
+        try:
+            times = [psutil.Process(process.pid).cpu_times() for process in self._processes]
+        except psutil.Error as error:
+            raise LoadError(f"a load process ended: {error}") from error
+        return sum(each.user + each.system for each in times)
 
     async def run(
         self,

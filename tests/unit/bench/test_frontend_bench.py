@@ -23,7 +23,7 @@ def test_two_frontends(default_model_dir: Path, tmp_path: Path, capsys: pytest.C
 
 def test_delivery_is_counted_from_the_first_to_the_last_event() -> None:
     samples = [Sample(0.0, 9.0, [1.0, 2.0, 3.0], 6), Sample(0.0, 9.0, [1.5, 4.0], 2)]
-    delivery = _delivery(samples, frontend_seconds=8e-6, engine_seconds=4e-6)
+    delivery = _delivery(samples, frontend_seconds=8e-6, engine_seconds=4e-6, load_seconds=2e-6)
     assert delivery.tokens_per_second == pytest.approx(8 / 3)
     assert delivery.tokens_per_event == pytest.approx(8 / 5)
     assert (delivery.frontend_us, delivery.engine_us) == pytest.approx((1.0, 0.5))
@@ -32,4 +32,4 @@ def test_delivery_is_counted_from_the_first_to_the_last_event() -> None:
 
 def test_a_failed_request_is_no_measurement() -> None:
     with pytest.raises(LoadError, match="it broke"):
-        _delivery([Sample(0.0, 1.0, [], error="it broke")], 1.0, 1.0)
+        _delivery([Sample(0.0, 1.0, [], error="it broke")], 1.0, 1.0, 1.0)

@@ -13,6 +13,7 @@ from frontend.schemas import GenerateRequest
 from minivllm import __version__
 from minivllm.control import ControlChannel
 from tests.support.fake_engine import FakeEngine
+from tests.support.server import wait_until
 from tests.unit.frontend.running import RunningFrontend
 
 StartFrontend = Callable[..., RunningFrontend]
@@ -66,6 +67,7 @@ def samples(frontend: RunningFrontend) -> dict[tuple[str, str], float]:
 
 
 def test_every_metric_is_there(frontend: RunningFrontend) -> None:
+    wait_until("heard from the engine core", lambda: ("vllm:prompt_tokens_total", "") in samples(frontend))
     families = text_string_to_metric_families(frontend.http.get("/metrics").text)
     kinds = {family.name: family.type for family in families}
     assert {name: kinds.get(name) for name in METRICS} == METRICS
@@ -84,8 +86,9 @@ def test_metrics_count_requests(frontend: RunningFrontend) -> None:
 
 
 def test_metrics_show_the_engines_numbers(frontend: RunningFrontend) -> None:
-    while (found := samples(frontend))["vllm:prompt_tokens_total", ""] != 11:
-        pass  # until the first heartbeat
+    wait_until("heard from the engine core", lambda: ("vllm:prompt_tokens_total", "") in samples(frontend))
+    found = samples(frontend)
+    assert found["vllm:prompt_tokens_total", ""] == 11
     assert found["vllm:num_requests_running", ""] == 3
     assert found["vllm:kv_cache_usage_perc", ""] == 0.25
     assert found["minivllm:kv_blocks", "free"] == 2

@@ -46,6 +46,13 @@ def test_every_name_on_the_board_is_measured() -> None:
     assert set(re.findall(r"by \(([\w, ]+)\)", board)) <= labels | {"le, kind"}
 
 
+def test_no_counter_is_shown_before_the_engine_core_has_spoken() -> None:
+    """A zero between two values would look like a restart, and double what `rate` finds."""
+    names = {family.name for family in EngineCollector(("model", "0")).collect()}
+    assert "vllm:num_requests_running" in names
+    assert not names & {"vllm:generation_tokens", "vllm:iteration_tokens_total", "minivllm:step_seconds"}
+
+
 def test_panels_do_not_overlap() -> None:
     places = [panel["gridPos"] for panel in read_board()["panels"]]
     cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]

@@ -2,17 +2,27 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import openai
+import pytest
 
 from tests.support.fake_engine import FakeEngine
 from tests.unit.frontend.running import RunningFrontend
 
-NUM_FAST, FAST_TOKENS, SLOW_TOKENS = 100, 100, 240
+NUM_FAST, FAST_TOKENS, SLOW_TOKENS = 100, 100, 2000
 ASKED = {"model": "test-model", "prompt": [70, 71, 72], "temperature": 0, "stream": True}
-SMALL_BUFFER = 4096  # bytes that the system keeps for either side of a connection
+SMALL_BUFFER = 16384  # bytes that the system keeps for the frontend's side of a connection
+
+
+@pytest.fixture
+def engine(socket_dir: Path) -> Iterator[FakeEngine]:
+    """One whose context holds more than the buffers of a connection."""
+    with FakeEngine(socket_dir, max_model_len=4096) as engine:
+        engine.tokens_per_step = 4
+        yield engine
 
 
 @asynccontextmanager
@@ -32,7 +42,10 @@ def test_one_slow_reader_among_100_fast_ones(engine: FakeEngine, frontend: Runni
     frontend._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
 
     async def run() -> list[int]:
-        async with client_of(frontend) as slow_client, client_of(frontend) as fast_client:
+        async with (
+            client_of(frontend) as slow_client,
+            client_of(frontend) as fast_client,
+        ):
             slow = await slow_client.completions.create(**ASKED, max_tokens=SLOW_TOKENS, logprobs=20)  # type: ignore[call-overload]
             chunks = aiter(slow)
             sizes = [len((await anext(chunks)).choices[0].logprobs.tokens)]
