@@ -9,6 +9,7 @@ from typing import Any
 
 import zmq
 
+from engine_core.cpu_jit import set_num_threads
 from engine_core.engine import EngineCore
 from engine_core.server import EngineServer
 from minivllm import transport
@@ -67,6 +68,7 @@ class ServedEngine:
         assert_idle(self.engine)
 
     def _run(self) -> None:
+        set_num_threads(1)  # numba's number is one of each thread
         try:
             self.server.run(self.engine, self.engine.facts(1))
         except RuntimeError as error:
