@@ -184,11 +184,13 @@ class EngineLink:
                 return
             if frames[0] != self._frontend_id:
                 continue  # of a session that is over
+            if len(frames) != 2:
+                logger.error("dropped a message of %d frames from the engine core: two are one", len(frames))
+                continue
             try:
-                message = protocol.decode_from_engine(frames[-1])
-                self._handle(message)
+                self._handle(protocol.decode_from_engine(frames[1]))
             except ProtocolError as error:
-                logger.error("dropped a frame of %d bytes from the engine core: %s", len(frames[-1]), error)
+                logger.error("dropped a frame of %d bytes from the engine core: %s", len(frames[1]), error)
 
     def _handle(self, message: EngineMessage) -> None:
         if self.facts is not None and self._epoch is not None and message.epoch < self._epoch:
