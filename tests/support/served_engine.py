@@ -2,6 +2,8 @@
 
 import logging
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,13 @@ class ServedEngine:
     def join(self) -> None:
         self._thread.join(WAIT_SECONDS)
         assert not self._thread.is_alive()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Look until `condition()` holds."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def __enter__(self) -> "ServedEngine":
         return self
