@@ -42,11 +42,12 @@ def soak_with(server: ServerProcess, reference: list[Answer], *plan: Disaster) -
 
 @pytest.mark.timeout(300)
 def test_killed_engine_cores_and_lost_messages(default_model_dir: Path, reference: list[Answer]) -> None:
-    """Two kills, with every fault of messages at 1 % all the while; the frontends are replaced between them."""
+    """Two kills, with every fault of messages at 1 % all the while; what clients do wrong between them."""
     faults = f"{MESSAGE_FAULTS},seed=3"
     with ServerProcess(str(default_model_dir), "--enable-debug", "--inject-faults", faults) as server:
         kill = disasters.kill_engine
-        report = soak_with(server, reference, kill, disasters.replace_frontends, kill)
+        plan = (kill, disasters.crowd_leaves, disasters.replace_frontends, disasters.nonsense_arrives, kill)
+        report = soak_with(server, reference, *plan)
         assert report.metrics["minivllm:requests_resumed_total"] > 0
         server.settle()
 
