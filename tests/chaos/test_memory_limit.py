@@ -1,17 +1,18 @@
 """An engine core that may not have more memory: what fits in smaller passes is answered, and only the rest fails."""
 
-import json
 import resource
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import pytest
-
+from tests.chaos.conftest import MakeModel
 from tests.support.server import ServerProcess
 
-WIDTH = 2**19  # of the layer in the middle: 2 MiB for each token of a pass, three times
+WIDTH = 2**19  # of the layer in the middle: 2 MiB for each token of a pass, several times
+SIZES = {
+    "hidden_size": 16, "intermediate_size": WIDTH, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
 ROOM = 96 * 2**20
-BLOCK_SIZE = 64  # the smallest part of a prompt that is computed at once: 128 MiB, three times
+BLOCK_SIZE = 64  # the smallest part of a prompt that is computed at once: 128 MiB, several times
 OPTIONS = (
     *("--load-format", "dummy", "--max-model-len", "256", "--enable-debug"),
     *("--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", "64"),
@@ -20,19 +21,8 @@ SHORT = [{"prompt": [100 + index] * 4, "max_tokens": 3 + index % 3, "ignore_eos"
 LONG = {"prompt": [7] * 200, "max_tokens": 4, "stream": False}
 
 
-@pytest.fixture
-def wide_model(default_model_dir: Path, tmp_path: Path) -> Path:
-    """A model whose weights are small beside what a pass needs."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).symlink_to(default_model_dir / name)
-    config = json.loads((default_model_dir / "config.json").read_text())
-    sizes = {"hidden_size": 16, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
-    (tmp_path / "config.json").write_text(json.dumps(config | sizes | {"num_key_value_heads": 2, "head_dim": 8}))
-    return tmp_path
-
-
-def test_only_what_cannot_fit_fails_under_a_limit_of_memory(wide_model: Path) -> None:
-    with ServerProcess(str(wide_model), *OPTIONS) as server:
+def test_only_what_cannot_fit_fails_under_a_limit_of_memory(make_model: MakeModel) -> None:
+    with ServerProcess(str(make_model(**SIZES)), *OPTIONS) as server:
         engine_core = server.engine_core
         expected = ask_all(server)
         limit = engine_core.memory_info().vms + ROOM
