@@ -44,7 +44,9 @@ def pack_linears(model: PreTrainedModel) -> int:
         return 0
     from engine_core.cpu_jit import set_num_threads
 
-    set_num_threads(torch.get_num_threads())
+    num_threads = torch.get_num_threads()
+    set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)  # numba, when it starts its threads, changes the number of OpenMP for all
     before = _logits(model)
     originals: list[tuple[nn.Module, str, Any]] = [
         (parent, name, child)

@@ -150,13 +150,16 @@ class EngineServer:
     def _drain_inbox(self) -> None:
         for _ in range(_MAX_MESSAGES_PER_STEP):
             try:
-                frame = self._inbox.recv(zmq.NOBLOCK, copy=False)
+                frames = self._inbox.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
+            if len(frames) != 1:
+                logger.warning("dropped a message of %d frames: one is a message", len(frames))
+                continue
             try:
-                self._handle(decode_from_frontend(frame.buffer))
+                self._handle(decode_from_frontend(frames[0].buffer))
             except ProtocolError as error:
-                logger.warning("dropped a frame of %d bytes: %s", len(frame.buffer), error)
+                logger.warning("dropped a frame of %d bytes: %s", len(frames[0].buffer), error)
 
     def _drain_subscriptions(self) -> None:
         while True:

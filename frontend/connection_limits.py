@@ -32,6 +32,7 @@ class GuardedProtocol(StreamingHttpProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_deadline()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # uvicorn leaves it running, and so all that is here, after a reset
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -14,7 +14,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import zmq
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 HELLO_INTERVAL = 0.1
 MAX_FAILED_PINGS = 2  # one may fall into a reconnection
+MAX_MESSAGES_PER_TURN = 16  # then the event loop goes round: clients are written to, however much there is to read
 
 
 class LinkListener(Protocol):
@@ -85,6 +86,8 @@ class EngineLink:
         self._context: zmq.Context[Any] = zmq.Context()
         self._input = transport.frontend_input(self._context, endpoints, self._frontend_id)
         self._output = transport.frontend_output(self._context, endpoints)
+        self._receive_frames = faults.delay_reads(lambda: self._input.recv_multipart(zmq.NOBLOCK))
+        self._next_turn: asyncio.Handle | None = None
         self._send_frames = faults.disturb_sends(lambda frames: self._output.send_multipart(frames, zmq.NOBLOCK))
         self._epoch: int | None = None  # of the engine core that was ready last
         self._last_heard = 0.0
@@ -108,6 +111,8 @@ class EngineLink:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+        if self._next_turn is not None:
+            self._next_turn.cancel()
         self._input.close(linger=0)
         self._output.close(linger=200)
         self._context.term()
@@ -176,19 +181,28 @@ class EngineLink:
             self.lose(f"the engine core has been silent for {silence:.1f} s")
 
     def _drain(self) -> None:
-        """Handle every message that is there: one wake-up, many messages."""
-        while True:
+        """Handle what is there, in turns: ZeroMQ's descriptor does not tell again of what is left."""
+        if self._next_turn is not None:
+            self._next_turn.cancel()
+            self._next_turn = None
+        for _ in range(MAX_MESSAGES_PER_TURN):
             try:
-                frames = self._input.recv_multipart(zmq.NOBLOCK)
+                frames = self._receive_frames()
             except zmq.Again:
                 return
-            if frames[0] != self._frontend_id:
-                continue  # of a session that is over
-            try:
-                message = protocol.decode_from_engine(frames[-1])
-                self._handle(message)
-            except ProtocolError as error:
-                logger.error("dropped a frame of %d bytes from the engine core: %s", len(frames[-1]), error)
+            self._read(frames)
+        self._next_turn = asyncio.get_running_loop().call_soon(self._drain)
+
+    def _read(self, frames: Sequence[bytes]) -> None:
+        if frames[0] != self._frontend_id:
+            return  # of a session that is over
+        if len(frames) != 2:
+            logger.error("dropped a message of %d frames from the engine core: two are one", len(frames))
+            return
+        try:
+            self._handle(protocol.decode_from_engine(frames[1]))
+        except ProtocolError as error:
+            logger.error("dropped a frame of %d bytes from the engine core: %s", len(frames[1]), error)
 
     def _handle(self, message: EngineMessage) -> None:
         if self.facts is not None and self._epoch is not None and message.epoch < self._epoch:

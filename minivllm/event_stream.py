@@ -12,14 +12,19 @@ _MAX_SHOWN = 300  # characters of an error's body
 
 
 class ServerError(MiniVLLMError):
-    """The server did not do what was asked of it; the message says what it answered."""
+    """The server did not do what was asked of it; the message says what it answered. `status` unless it was 200."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 async def post_events(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     """POST, and the objects of the answer up to [DONE]. Raises `ServerError` for an error, at the start or later on."""
     async with http.stream("POST", path, json=body) as response:
         if response.status_code != httpx.codes.OK:
-            raise ServerError(_describe(response.status_code, (await response.aread()).decode(errors="replace")))
+            answer = (await response.aread()).decode(errors="replace")
+            raise ServerError(_describe(response.status_code, answer), response.status_code)
         async for line in response.aiter_lines():
             data = line.removeprefix("data:").lstrip()
             if line.startswith("data:") and data != "[DONE]":

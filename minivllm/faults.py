@@ -3,10 +3,12 @@
     --enable-debug --inject-faults drop=0.01,duplicate=0.01,reorder=0.01,corrupt=0.01,stall=30@step:100,kill@step:200
 
 drop, duplicate, reorder, corrupt   probability, for each message either side sends
+slow=SECONDS                        a frontend spends so long on each message of the engine core
 stall=SECONDS, kill, oom @step:N    when the engine core launches its Nth step, in each life of it
 seed=N                              of the random choices; without it they differ from run to run
 """
 
+import math
 import os
 import random
 import signal
@@ -40,6 +42,7 @@ class Faults:
     duplicate: float = 0.0
     reorder: float = 0.0
     corrupt: float = 0.0
+    slow: float = 0.0
     seed: int | None = None
     steps: tuple[StepFault, ...] = ()
 
@@ -61,6 +64,18 @@ class Faults:
     def disturb_sends(self, send: Send) -> Send:
         """`send` with the faults of messages; `send` itself when there are none."""
         return _Disturbance(self, send) if any(getattr(self, name) for name in _RATES) else send
+
+    def delay_reads(self, read: Callable[[], R]) -> Callable[[], R]:
+        """`read` that takes `slow` seconds more whenever something is there; `read` itself when that is 0."""
+        if not self.slow:
+            return read
+
+        def delayed() -> R:
+            result = read()
+            time.sleep(self.slow)
+            return result
+
+        return delayed
 
     def disturb_steps(self, launch: Callable[P, R], out_of_memory: Callable[[], Exception]) -> Callable[P, R]:
         """`launch` with the faults of steps; `launch` itself when there are none. `out_of_memory` makes the error."""
@@ -127,8 +142,10 @@ def _parse_value(part: str) -> dict[str, float | int]:
     name, _, value = part.partition("=")
     if name == "seed":
         return {name: int(value)}
+    if name == "slow":
+        return {name: _parse_seconds(value)}
     if name not in _RATES:
-        raise ValueError(f"expected one of {', '.join(_RATES)}, seed, or something @step:N")
+        raise ValueError(f"expected one of {', '.join(_RATES)}, slow, seed, or something @step:N")
     rate = float(value)
     if not 0.0 <= rate <= 1.0:
         raise ValueError("a probability lies in [0, 1]")
@@ -141,4 +158,11 @@ def _parse_step(part: str) -> StepFault:
     word, _, number = when.partition(":")
     if kind not in ("stall", "kill", "oom") or word != "step" or int(number) < 1:
         raise ValueError("expected stall=SECONDS@step:N, kill@step:N or oom@step:N")
-    return StepFault(kind, int(number), float(seconds) if kind == "stall" else 0.0)
+    return StepFault(kind, int(number), _parse_seconds(seconds) if kind == "stall" else 0.0)
+
+
+def _parse_seconds(value: str) -> float:
+    seconds = float(value)
+    if not 0.0 < seconds < math.inf:
+        raise ValueError("seconds are more than 0")
+    return seconds

@@ -37,7 +37,7 @@ MAX_REQUEST_ID = 300  # characters: what a client may choose (256), and what a f
 
 FrontendId = Annotated[bytes, Meta(min_length=FRONTEND_ID_BYTES, max_length=FRONTEND_ID_BYTES)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=MAX_REQUEST_ID)]
-Counter = Annotated[int, Meta(ge=0)]
+Counter = Annotated[int, Meta(ge=0, le=2**62)]  # sums of two fit into what msgpack and indices hold
 WATCH_SECONDS = 5.0
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -105,7 +105,7 @@ class Finished(Struct, frozen=True, array_like=True):
 
     reason: FinishReason
     stop_token_id: TokenId | None = None
-    num_cached_tokens: int = 0
+    num_cached_tokens: Counter = 0
     queue_time: float = 0.0
     prefill_time: float = 0.0
     decode_time: float = 0.0

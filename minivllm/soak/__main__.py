@@ -25,10 +25,18 @@ from minivllm.soak.report import Report
 from minivllm.soak.run import soak
 
 MESSAGE_FAULTS = "drop=0.01,duplicate=0.01,reorder=0.01,corrupt=0.01"
+SLOWNESS = "slow=0.01"  # of a frontend, for each message of the engine core
 SHORTAGES = ",".join(f"oom@step:{step}" for step in range(50, 5000, 100))  # in each life of the engine core
 # Killed on purpose, it dies more often than a server should survive. Stopped, it is found out after 5 s more than this.
-SERVER_OPTIONS = ("--enable-debug", "--max-engine-restarts", "1000000", "--step-timeout", "30")
-ALL = (disasters.kill_engine, disasters.stop_engine, disasters.pause_frontend, disasters.replace_frontends)
+# A frontend that is replaced may finish its streams, however slow the machine is.
+SERVER_OPTIONS = (
+    *("--enable-debug", "--max-engine-restarts", "1000000"),
+    *("--step-timeout", "30", "--shutdown-timeout", "600"),
+)
+ALL = (
+    *(disasters.kill_engine, disasters.stop_engine, disasters.pause_frontend, disasters.replace_frontends),
+    *(disasters.crowd_leaves, disasters.nonsense_arrives),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _faults(options: argparse.Namespace) -> tuple[str, ...]:
     """The server's options for faults that it inflicts on itself."""
     if options.all:
-        return "--inject-faults", f"{MESSAGE_FAULTS},{SHORTAGES}"
+        return "--inject-faults", f"{MESSAGE_FAULTS},{SLOWNESS},{SHORTAGES}"
     return ("--inject-faults", MESSAGE_FAULTS) if options.messages else ()
 
 
@@ -90,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often the engine core is killed [20]")
     parser.add_argument("--minutes", type=float, metavar="X", help="go on for so long instead")
     parser.add_argument("--messages", action="store_true", help=f"also inject {MESSAGE_FAULTS}")
-    parser.add_argument("--all", action="store_true", help="also stop it, stop and replace frontends, exhaust memory")
+    parser.add_argument("--all", action="store_true", help="everything that is known to go wrong")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of requests and moments [0]")
     return parser
 

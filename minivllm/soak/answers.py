@@ -11,11 +11,16 @@ import httpx
 from minivllm.errors import MiniVLLMError
 from minivllm.event_stream import ServerError, post_events
 
+_RETRY_STATUS = (httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.TOO_MANY_REQUESTS)
 _WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
 
 class NoAnswerError(MiniVLLMError):
     """The stream ended with an error, or without an end."""
+
+
+class RefusedError(NoAnswerError):
+    """An honest refusal, for now: loading, restarting, too much to do. The client comes again."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ def make_bodies(num: int, max_tokens: int, seed: int) -> list[dict[str, Any]]:
 
 
 async def ask(http: httpx.AsyncClient, body: dict[str, Any], on_event: Callable[[float], None]) -> Answer:
-    """Stream one answer; `on_event` gets the time (monotonic) of each event. Raises `NoAnswerError`."""
+    """Stream one answer; `on_event` gets the time (monotonic) of each event. Raises `NoAnswerError`, `RefusedError`."""
     text: list[str] = []
     token_ids: list[int] = []
     try:
@@ -59,5 +64,6 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any], on_event: Callable[
                 usage = event["usage"]["completion_tokens"]
                 return Answer("".join(text), token_ids, event["finish_reason"], usage)
     except ServerError as error:
-        raise NoAnswerError(f"after {len(token_ids)} tokens: {error}") from error
+        kind = RefusedError if error.status in _RETRY_STATUS else NoAnswerError
+        raise kind(f"after {len(token_ids)} tokens: {error}") from error
     raise NoAnswerError(f"the stream ended after {len(token_ids)} tokens without an end")

@@ -1,6 +1,7 @@
-"""What can happen to the processes of a server, done by signals; each ends when the server has recovered."""
+"""What can happen to a server: signals to its processes, clients that do wrong; each ends when it has recovered."""
 
 import asyncio
+import contextlib
 import random
 import signal
 import time
@@ -11,6 +12,8 @@ import psutil
 
 from minivllm.soak.load import Load, wait_for_status
 
+CROWD = 20
+NONSENSE = (b"", b"\xff\xfe", b"[" * 100_000, b'{"prompt": [-1]}', b'{"prompt": "x", "top_p": 1e400}', b"x" * 1_000_000)
 Disaster = Callable[["Victim", Load], Awaitable[float]]
 
 
@@ -70,6 +73,33 @@ async def replace_frontends(victim: Victim, load: Load) -> float:
         if not old & {process.pid for process in victim.frontends()}:
             return time.monotonic() - start
         await asyncio.sleep(0.1)
+
+
+async def crowd_leaves(victim: Victim, load: Load) -> float:
+    """Clients that leave before their first token, with it, or later. Seconds until somebody who stayed gets one."""
+    await asyncio.gather(*(_leave(victim.http, num_lines) for num_lines in range(CROWD)))
+    start = time.monotonic()
+    return await load.next_event() - start
+
+
+async def nonsense_arrives(victim: Victim, load: Load) -> float:
+    """Bodies that are no request; each must be refused. Seconds until somebody else gets a token."""
+    for body in NONSENSE:
+        status = (await victim.http.post("/generate", content=body)).status_code
+        if not 400 <= status < 500:
+            load.failed.append(f"{body[:20]!r}… got status {status}")
+    start = time.monotonic()
+    return await load.next_event() - start
+
+
+async def _leave(http: httpx.AsyncClient, num_lines: int) -> None:
+    body = {"prompt": "Once upon a time", "max_tokens": 200, "ignore_eos": True}
+    with contextlib.suppress(httpx.HTTPError):
+        async with http.stream("POST", "/generate", json=body) as response:
+            async for _ in response.aiter_lines():
+                if num_lines == 0:
+                    return
+                num_lines -= 1
 
 
 async def _until_tokens(victim: Victim, load: Load, act: Callable[[], None]) -> float:

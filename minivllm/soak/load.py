@@ -7,9 +7,7 @@ from typing import Any
 
 import httpx
 
-from minivllm.soak.answers import Answer, NoAnswerError, ask
-
-_RETRY_STATUS = ("status 503", "status 429")  # an honest refusal: the client comes again
+from minivllm.soak.answers import Answer, NoAnswerError, RefusedError, ask
 
 
 class Load:
@@ -54,12 +52,12 @@ class Load:
     async def _ask_and_compare(self, index: int) -> None:
         try:
             answer = await ask(self._http, self._bodies[index], self._on_event)
+        except RefusedError:
+            self.num_refused += 1
+            await asyncio.sleep(1.0)  # as Retry-After says
+            return
         except (NoAnswerError, httpx.HTTPError) as error:
-            if str(error).startswith(_RETRY_STATUS):
-                self.num_refused += 1
-                await asyncio.sleep(1.0)  # as Retry-After says
-            else:
-                self.failed.append(f"request {index}: {error!r}")
+            self.failed.append(f"request {index}: {error!r}")
             return
         if answer == self._reference[index]:
             self.num_right += 1

@@ -41,14 +41,15 @@ class Report:
 
     def lines(self) -> list[str]:
         """A Markdown table."""
+        since = ", since the frontends were replaced" if "replace_frontends" in self.recoveries else ""
         rows = [
             ("minutes", f"{self.seconds / 60:.1f}"),
             ("answers, all of them right", f"{self.num_right:,}"),
             ("answers that differ from the undisturbed run", str(len(self.wrong))),
             ("streams that failed", str(len(self.failed))),
             ("requests refused with 503 or 429 and asked again", f"{self.num_refused:,}"),
-            ("requests resumed", f"{self.metrics['minivllm:requests_resumed_total']:,.0f}"),
-            ("restarts of the engine core", f"{self.metrics['minivllm:engine_restarts_total']:.0f}"),
+            (f"requests resumed{since}", f"{self.metrics['minivllm:requests_resumed_total']:,.0f}"),
+            (f"restarts of the engine core{since}", f"{self.metrics['minivllm:engine_restarts_total']:.0f}"),
             ("KV blocks leaked or left in use", str(self.num_leaked)),
             ("invariants of the engine core", str(self.invariants["engine"]["integrity"])),
         ]

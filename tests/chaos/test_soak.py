@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minivllm.soak import disasters
-from minivllm.soak.__main__ import MESSAGE_FAULTS
+from minivllm.soak.__main__ import ALL, MESSAGE_FAULTS
 from minivllm.soak.answers import Answer, make_bodies
 from minivllm.soak.disasters import Disaster, Victim
 from minivllm.soak.load import Load, learn
@@ -41,22 +41,13 @@ def soak_with(server: ServerProcess, reference: list[Answer], *plan: Disaster) -
 
 
 @pytest.mark.timeout(300)
-def test_killed_engine_cores_and_lost_messages(default_model_dir: Path, reference: list[Answer]) -> None:
-    """Two kills, with every fault of messages at 1 % all the while; the frontends are replaced between them."""
-    faults = f"{MESSAGE_FAULTS},seed=3"
-    with ServerProcess(str(default_model_dir), "--enable-debug", "--inject-faults", faults) as server:
-        kill = disasters.kill_engine
-        report = soak_with(server, reference, kill, disasters.replace_frontends, kill)
-        assert report.metrics["minivllm:requests_resumed_total"] > 0
-        server.settle()
-
-
-@pytest.mark.timeout(300)
-def test_stopped_engine_core_and_paused_frontend(default_model_dir: Path, reference: list[Answer]) -> None:
-    options = ("--step-timeout", "3", "--frontend-lease", "0.5")  # shorter than most answers take
+def test_every_answer_is_right_whatever_happens(default_model_dir: Path, reference: list[Answer]) -> None:
+    """With every fault of messages at 1 % all the while, and a lease shorter than most answers take."""
+    options = ("--inject-faults", f"{MESSAGE_FAULTS},seed=3", "--step-timeout", "3", "--frontend-lease", "0.5")
     with ServerProcess(str(default_model_dir), "--enable-debug", *options) as server:
-        report = soak_with(server, reference, disasters.stop_engine, disasters.pause_frontend)
-        assert report.metrics["minivllm:engine_restarts_total"] == 1
-        assert report.metrics["minivllm:requests_resumed_total"] >= 2  # after the restart, and after the lease ran out
+        first = disasters.replace_frontends  # the new ones count restarts from 0
+        report = soak_with(server, reference, first, *(disaster for disaster in ALL if disaster is not first))
+        assert report.metrics["minivllm:engine_restarts_total"] >= 2  # killed, stopped, or slow where much else runs
+        assert report.metrics["minivllm:requests_resumed_total"] >= 3  # and released
         server.wait_for_log("has not moved for .* s: killing it")
         server.wait_for_log("[1-9][0-9]* requests are released")

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from minivllm.errors import StartupError
-from tests.support.server import WAIT, ServerProcess, kill
+from tests.support.server import WAIT, ServerProcess, kill, token_ids_of
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 4000, "ignore_eos": True}
 
@@ -77,6 +77,25 @@ def test_sigterm_drains_a_running_stream(default_model_dir: Path) -> None:
         assert rest[-2]["finish_reason"] == "length"
         assert rest[-2]["usage"]["completion_tokens"] == 30
         assert first[0]["finish_reason"] is None
+        assert server.wait() == 0
+        expect_nothing_left(children, socket_dir)
+
+
+@pytest.mark.parametrize(("seconds", "reason"), [("60", "length"), ("0.5", "abort")])
+def test_sigterm_while_the_engine_core_is_restarted(default_model_dir: Path, seconds: str, reason: str) -> None:
+    """The stream is resumed and finished, where there is time for it; else it is cut off. Never a failure."""
+    with ServerProcess(str(default_model_dir), "--shutdown-timeout", seconds) as server:
+        socket_dir, children = server.socket_dir(), list(server.processes().values())
+        with server.stream(**{**LONG, "max_tokens": 30}) as events:
+            first = list(islice(events, 2))
+            kill(server.engine_core)
+            server.wait_for_log("engine_core was started again as pid")
+            children.append(server.engine_core)
+            server.process.terminate()
+            server.wait_for_log("shutting down: 1 requests are unfinished")
+            rest = list(events)
+        assert rest[-2]["finish_reason"] == reason
+        assert reason == "abort" or len(token_ids_of([*first, *rest])) == 30
         assert server.wait() == 0
         expect_nothing_left(children, socket_dir)
 

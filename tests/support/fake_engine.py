@@ -119,7 +119,7 @@ class FakeEngine:
         self._greeted: set[bytes] = set()
         self._farewell: str | None = None
         self._releasing = False
-        self._raw: list[bytes] = []
+        self._raw: list[tuple[bytes, ...]] = []
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
@@ -157,9 +157,9 @@ class FakeEngine:
         """Announce the end at the next step, then keep quiet."""
         self._farewell = reason
 
-    def send_raw(self, frame: bytes) -> None:
-        """Send `frame` to every frontend at the next step."""
-        self._raw.append(frame)
+    def send_raw(self, *frames: bytes) -> None:
+        """Send `frames`, as one message, to every frontend at the next step."""
+        self._raw.append(frames)
 
     def show(self, view: EngineView) -> None:
         """Send `view` to every frontend at the next step, whether it watches or not."""
@@ -251,10 +251,10 @@ class FakeEngine:
             released, self._requests = self._requests, {}
             for request_id, request in released.items():
                 self._send(request.owner, lambda seq, ids=[request_id]: Released(self.epoch, seq, ids))  # type: ignore[misc]
-        for frame in self._raw:
+        raw, self._raw = self._raw, []
+        for frames in raw:
             for frontend_id in self._channels:
-                self._output.send_multipart((frontend_id, frame))
-        self._raw.clear()
+                self._output.send_multipart((frontend_id, *frames))
         if self._farewell is not None:
             for frontend_id in self._channels:
                 self._say(frontend_id, Dead(self.epoch, self._farewell))

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from minivllm.faults import NO_FAULTS, Faults, Frames, StepFault
 
-SPEC = "drop=0.01, duplicate=0.02,reorder=0.03,corrupt=0.04,seed=7,stall=30@step:100,kill@step:200,oom@step:50"
+SPEC = "drop=0.01, duplicate=0.02,reorder=0.03,corrupt=0.04,slow=0.5,seed=7,stall=30@step:100,kill@step:200,oom@step:50"
 
 
 def run_through(faults: Faults, num_messages: int = 2000) -> list[bytes]:
@@ -24,13 +25,27 @@ def run_through(faults: Faults, num_messages: int = 2000) -> list[bytes]:
 
 def test_a_specification_is_read() -> None:
     assert Faults.parse(SPEC) == Faults(
-        0.01, 0.02, 0.03, 0.04, 7, (StepFault("stall", 100, 30.0), StepFault("kill", 200), StepFault("oom", 50))
+        0.01, 0.02, 0.03, 0.04, 0.5, 7, (StepFault("stall", 100, 30.0), StepFault("kill", 200), StepFault("oom", 50))
     )
     assert Faults.parse("") == NO_FAULTS
 
 
 @pytest.mark.parametrize(
-    "spec", ["drop", "drop=2", "drop=-0.1", "drop=x", "tired=0.1", "kill@step:0", "kill@10", "stall@step:3", "x@step:3"]
+    "spec",
+    [
+        "drop",
+        "drop=2",
+        "drop=-0.1",
+        "drop=x",
+        "slow=0",
+        "slow=inf",
+        "stall=-1@step:3",
+        "tired=0.1",
+        "kill@step:0",
+        "kill@10",
+        "stall@step:3",
+        "x@step:3",
+    ],
 )
 def test_what_is_not_understood_is_named(spec: str) -> None:
     with pytest.raises(ValueError, match=f"'{spec}' is not a fault"):
@@ -42,6 +57,7 @@ def test_without_faults_nothing_stands_between() -> None:
         pass
 
     assert NO_FAULTS.disturb_sends(act) is act
+    assert NO_FAULTS.delay_reads(act) is act
     assert NO_FAULTS.disturb_steps(act, MemoryError) is act
 
 
@@ -58,6 +74,16 @@ def test_messages_are_dropped_repeated_swapped_and_damaged() -> None:
     assert len(sent) - 1 <= len(swapped) == len(set(swapped))  # the last one may still be held
     damaged = run_through(Faults(corrupt=0.1, seed=1))
     assert 100 < sum(one != other for one, other in zip(sent, damaged, strict=True)) < 300
+
+
+def test_reading_takes_time_where_something_is_read() -> None:
+    messages = [b"b", b"a"]
+    read = Faults(slow=0.05).delay_reads(messages.pop)
+    start = time.monotonic()
+    assert (read(), read()) == (b"a", b"b")
+    assert time.monotonic() - start >= 0.1
+    with pytest.raises(IndexError):
+        read()
 
 
 def test_the_nth_step_runs_out_of_memory() -> None:

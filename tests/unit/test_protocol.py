@@ -43,6 +43,7 @@ from minivllm.protocol import (
 )
 from minivllm.sampling_params import SamplingParams
 from tests.support import views
+from tests.support.hostile_frames import framed
 
 FRONTEND = b"front-01"
 PARAMS = SamplingParams(
@@ -116,11 +117,6 @@ def test_columns_of_log_probabilities_are_cut_and_joined() -> None:
 def raw(*elements: Any, version: int = PROTOCOL_VERSION) -> bytes:
     """A frame with any content."""
     return framed(msgpack.packb(list(elements)), version)
-
-
-def framed(content: bytes, version: int = PROTOCOL_VERSION) -> bytes:
-    """`content` with a head that is right."""
-    return bytes((version, 0xCE)) + zlib.crc32(content).to_bytes(4, "big") + content
 
 
 def decode_both(frame: bytes) -> list[FrontendMessage | EngineMessage]:
@@ -208,6 +204,7 @@ def test_short_frames_are_named(frame: bytes) -> None:
         raw(4, FRONTEND, 0),
         raw(4, FRONTEND, [0, -1, 0]),
         raw(4, FRONTEND, [0, 0, 0, 0]),
+        raw(4, FRONTEND, [0, 0, 2**62 + 1]),
         raw(2, FRONTEND, 0, "", [1], []),
         raw(2, FRONTEND, 0, "r" * 301, [1], []),
         raw(2, FRONTEND, 0, "a", [], []),
@@ -225,6 +222,7 @@ def test_short_frames_are_named(frame: bytes) -> None:
         raw(17, 0, 0, ["a"], [], [], {}),
         raw(17, 0, 0, ["a"], [-1], [], {}),
         raw(17, 0, 0, ["a"], [0], [], {"a": ["tired"]}),
+        raw(17, 0, 0, ["a"], [0], [], {"a": ["stop", 1, -1]}),
         raw(17, 0, 0, ["a"], [1], [5], {}, {"a": [[-0.5, -0.5], [], []]}),
         raw(17, 0, 0, ["a"], [1], [5], {}, {"b": [[-0.5], [], []]}),
         raw(17, 0, 0, ["a"], [1], [5], {}, {"a": [[-0.5], [1], []]}),

@@ -281,6 +281,10 @@ def test_max_model_len_is_bounded_by_model_and_cache(tiny_models: TinyModels) ->
             {"kv_cache_memory_bytes": 100, "num_gpu_blocks_override": None},
             r"no memory left for the KV cache: .* raise --kv-cache-memory-bytes \(100\)",
         ),
+        (
+            {"kv_cache_memory_bytes": 2**57, "num_gpu_blocks_override": None},
+            r"not enough memory for \d+ KV cache blocks: .* 32.0 PiB .*; lower .*--kv-cache-memory-bytes",
+        ),
     ],
 )
 def test_what_the_cache_cannot_hold_stops_start_up(

@@ -27,8 +27,9 @@ from minivllm.protocol import (
     encode,
 )
 from minivllm.sampling_params import SamplingParams
+from tests.support.bare_frontend import Frontend, connected
 from tests.support.engines import greedy
-from tests.support.served_engine import Frontend, ServedEngine, connected
+from tests.support.served_engine import ServedEngine
 
 A, B = b"front--A", b"front--B"
 ENDLESS = SamplingParams(temperature=0.0, max_tokens=50_000, ignore_eos=True)
@@ -104,7 +105,7 @@ def test_ready_needs_hello_and_subscription(served: ServedEngine) -> None:
 
 def test_each_frontend_gets_its_own_tokens_only(served: ServedEngine) -> None:
     served.serve()
-    with connected(served, A, B) as (first, second):
+    with connected(served.endpoints, A, B) as (first, second):
         for index in range(5):
             first.add(f"a{index}", [1 + index] * 5, greedy(10))
             second.add(f"b{index}", [1 + index] * 5, greedy(10))
@@ -117,7 +118,7 @@ def test_each_frontend_gets_its_own_tokens_only(served: ServedEngine) -> None:
 
 def test_garbage_is_logged_and_does_no_harm(served: ServedEngine, caplog: pytest.LogCaptureFixture) -> None:
     served.serve()
-    with connected(served, A) as (frontend,):
+    with connected(served.endpoints, A) as (frontend,):
         for frame in (b"", b"\x00", b"garbage" * 100, b"\x01\xdd\xff\xff\xff\xff", b"\x01" + b"\x91" * 10_000):
             frontend.send_frame(frame)
         stranger = transport.frontend_input(frontend._context, served.endpoints, b"odd")
@@ -130,7 +131,7 @@ def test_garbage_is_logged_and_does_no_harm(served: ServedEngine, caplog: pytest
 
 def test_a_refused_request_is_answered_with_the_field(served: ServedEngine) -> None:
     served.serve()
-    with connected(served, A) as (frontend,):
+    with connected(served.endpoints, A) as (frontend,):
         frontend.add("bad", [64], greedy(2))
         error = frontend.wait_for(lambda message: isinstance(message, Error))
         assert isinstance(error, Error)
@@ -142,7 +143,7 @@ def test_a_refused_request_is_answered_with_the_field(served: ServedEngine) -> N
 
 def test_an_id_in_use_by_another_frontend_is_refused(served: ServedEngine) -> None:
     served.serve()
-    with connected(served, A, B) as (first, second):
+    with connected(served.endpoints, A, B) as (first, second):
         first.add("same", [1], ENDLESS)
         first.wait_token("same")
         second.add("same", [1], ENDLESS)
@@ -156,7 +157,7 @@ def test_an_id_in_use_by_another_frontend_is_refused(served: ServedEngine) -> No
 
 def test_any_frontend_may_abort_and_the_owner_is_told(served: ServedEngine) -> None:
     served.serve()
-    with connected(served, A, B) as (owner, other):
+    with connected(served.endpoints, A, B) as (owner, other):
         owner.add("r", [1, 2], ENDLESS)
         owner.wait_token("r")
         other.abort("r", "unknown")
@@ -168,7 +169,7 @@ def test_any_frontend_may_abort_and_the_owner_is_told(served: ServedEngine) -> N
 
 def test_a_lost_message_of_a_frontend_is_asked_for_and_order_is_kept(served: ServedEngine) -> None:
     served.serve()
-    with connected(served, A) as (frontend,):
+    with connected(served.endpoints, A) as (frontend,):
         lost = frontend.channel.send(lambda seq: Add(A, seq, "r", [1], ENDLESS))
         frontend.abort("r")  # must not overtake its add, or the request would run for ever
         asked = frontend.wait_for(lambda message: isinstance(message, Stats) and message.channel.num_missing == 1)
@@ -182,7 +183,7 @@ def test_a_lost_message_of_a_frontend_is_asked_for_and_order_is_kept(served: Ser
 
 def test_the_last_message_of_a_frontend_is_missed_when_it_pings(served: ServedEngine) -> None:
     served.serve()
-    with connected(served, A) as (frontend,):
+    with connected(served.endpoints, A) as (frontend,):
         lost = frontend.channel.send(lambda seq: Add(A, seq, "r", [1], greedy(2)))
         frontend.ping()
         frontend.wait_for(lambda message: isinstance(message, Stats) and message.channel.num_missing == 1)
@@ -192,7 +193,7 @@ def test_the_last_message_of_a_frontend_is_missed_when_it_pings(served: ServedEn
 
 def test_what_a_frontend_misses_is_sent_again(served: ServedEngine) -> None:
     served.serve()
-    with connected(served, A) as (frontend,):
+    with connected(served.endpoints, A) as (frontend,):
         frontend.add("r", [1], greedy(3))
         first = frontend.wait_for(lambda message: isinstance(message, Outputs))
         assert isinstance(first, Outputs)
@@ -219,8 +220,8 @@ def test_a_session_the_engine_core_does_not_know_is_told_so(served: ServedEngine
 
 def test_a_frontend_that_disconnects_frees_its_requests(served: ServedEngine) -> None:
     served.serve()
-    with connected(served, A) as (stays,):
-        with connected(served, B) as (leaves,):
+    with connected(served.endpoints, A) as (stays,):
+        with connected(served.endpoints, B) as (leaves,):
             for index in range(12):  # more than run at once: some are waiting
                 leaves.add(f"b{index}", [1, 2, index], ENDLESS)
             leaves.wait_token("b0")
@@ -232,12 +233,12 @@ KILLED_FRONTEND = """
 import sys
 from pathlib import Path
 from minivllm import transport
-from tests.support.engines import greedy
-from tests.support.served_engine import Frontend
+from minivllm.sampling_params import SamplingParams
+from tests.support.bare_frontend import Frontend
 frontend = Frontend(transport.Endpoints.in_directory(Path(sys.argv[1])), b"front--K")
 frontend.hello()
 frontend.wait_ready()
-frontend.add("k", [1, 2, 3], greedy(50_000))
+frontend.add("k", [1, 2, 3], SamplingParams(temperature=0.0, max_tokens=50_000, ignore_eos=True))
 frontend.wait_token("k")
 print("decoding", flush=True)
 sys.stdin.read()
@@ -248,19 +249,20 @@ def test_a_killed_frontend_frees_its_requests(served: ServedEngine, socket_dir: 
     served.serve()
     command = [sys.executable, "-c", KILLED_FRONTEND, str(socket_dir)]
     with (
-        connected(served, A) as (stays,),
+        connected(served.endpoints, A) as (stays,),
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child,
     ):
         assert child.stdout is not None
         assert child.stdout.readline() == "decoding\n"
         child.kill()
+        stays.ping()
         stays.wait_for(idle_after(1))
 
 
 def test_a_silent_frontend_loses_its_lease_and_learns_of_it(model_dir: Path, socket_dir: Path) -> None:
     with serve_engine(model_dir, socket_dir, lease_seconds=0.5) as served:
         served.serve()
-        with connected(served, A, B) as (silent, lively):
+        with connected(served.endpoints, A, B) as (silent, lively):
             silent.add("s", [1], ENDLESS)
             silent.wait_token("s")
             lively.wait_for(idle_after(1), keep_alive=True)
@@ -290,7 +292,7 @@ def test_a_step_longer_than_the_lease_costs_nobody_theirs(
     monkeypatch.setattr(EngineCore, "step", slow_step)
     with serve_engine(model_dir, socket_dir, lease_seconds=lease) as served:
         served.serve()
-        with connected(served, A) as [frontend]:
+        with connected(served.endpoints, A) as [frontend]:
             frontend.add("a", [1], greedy(2))
             assert in_step.wait(10)
             frontend.ping()
@@ -302,7 +304,7 @@ def test_strangers_that_never_subscribe_are_forgotten(model_dir: Path, socket_di
     with serve_engine(model_dir, socket_dir, lease_seconds=0.3) as served:
         served.serve()
         strangers = [Frontend(served.endpoints, b"stranger"[:7] + bytes([i]), subscribe=False) for i in range(5)]
-        with connected(served, A) as (lively,):
+        with connected(served.endpoints, A) as (lively,):
             for stranger in strangers:
                 stranger.hello()
                 stranger.add(f"{stranger.frontend_id!r}", [1], ENDLESS)
@@ -317,7 +319,7 @@ def test_strangers_that_never_subscribe_are_forgotten(model_dir: Path, socket_di
 
 def test_a_failing_engine_is_announced_and_raised(served: ServedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     served.serve()
-    with connected(served, A) as (frontend,):
+    with connected(served.endpoints, A) as (frontend,):
         with monkeypatch.context() as patch:
 
             def fail() -> None:
@@ -334,7 +336,7 @@ def test_a_failing_engine_is_announced_and_raised(served: ServedEngine, monkeypa
 
 def test_a_stopped_engine_says_farewell(served: ServedEngine, socket_dir: Path) -> None:
     served.serve()
-    with connected(served, A) as (frontend,):
+    with connected(served.endpoints, A) as (frontend,):
         frontend.add("r", [1], ENDLESS)
         frontend.wait_token("r")
         served.server.stop()

@@ -12,9 +12,10 @@ from minivllm import transport
 from minivllm.engine_view import EngineView, RequestRow, StepRecord
 from minivllm.protocol import EngineFacts, Explain, Explained, Stats, View, Watch, encode
 from minivllm.sampling_params import SamplingParams
+from tests.support.bare_frontend import Frontend, connected
 from tests.support.engines import greedy
 from tests.support.fake_runner import make_fake_engine
-from tests.support.served_engine import Frontend, ServedEngine, connected
+from tests.support.served_engine import ServedEngine
 
 A, B = b"front--A", b"front--B"
 
@@ -44,7 +45,7 @@ def next_view(frontend: Frontend) -> EngineView:
 
 
 def test_views_go_to_those_who_watch(served: ServedEngine) -> None:
-    with connected(served, A, B) as (watcher, other):
+    with connected(served.endpoints, A, B) as (watcher, other):
         watch(watcher)
         view = next_view(watcher)
         assert view.steps == []  # at once, although nothing happens
@@ -66,7 +67,7 @@ def test_views_go_to_those_who_watch(served: ServedEngine) -> None:
 
 def test_watching_ends_unless_it_is_renewed(served: ServedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "WATCH_SECONDS", 0.2)
-    with connected(served, A) as (frontend,):
+    with connected(served.endpoints, A) as (frontend,):
         watch(frontend)
         next_view(frontend)
         frontend.add("r", [1] * 10, SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True))
@@ -75,7 +76,7 @@ def test_watching_ends_unless_it_is_renewed(served: ServedEngine, monkeypatch: p
 
 
 def test_what_happened_to_a_request_can_be_asked_by_anybody(served: ServedEngine) -> None:
-    with connected(served, A, B) as (first, second):
+    with connected(served.endpoints, A, B) as (first, second):
         first.add("r", [1] * 10, greedy(5))
         first.wait_finished("r")
         for request_id, expected in (("r", "length"), ("nobody", None)):
@@ -90,7 +91,7 @@ def test_waiting_requests_are_counted_and_the_first_described(
     served: ServedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watching, "MAX_WAITING_ROWS", 3)
-    with connected(served, A) as (frontend,):
+    with connected(served.endpoints, A) as (frontend,):
         for index in range(10):
             frontend.add(str(index), [1] * 10, SamplingParams(temperature=0.0, max_tokens=390, ignore_eos=True))
         watch(frontend)

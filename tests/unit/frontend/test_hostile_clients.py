@@ -1,10 +1,13 @@
 """Clients that mean harm, against a real frontend: refused or dropped, and nobody else notices."""
 
+import gc
 import json
 import logging
 import random
 import re
 import socket
+import struct
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from frontend.connection_limits import MAX_HEADER_BYTES
+from frontend.connection_limits import MAX_HEADER_BYTES, GuardedProtocol
 from frontend.tokenizer import Tokenizer
 from tests.support.fake_engine import FakeEngine
 from tests.unit.frontend.conftest import BACKENDS
@@ -117,6 +120,17 @@ def test_a_slow_response_and_a_pipelined_request_are_not_cut_off(engine: FakeEng
     with socket.create_connection(frontend.address, timeout=TIMEOUT) as connection:
         connection.sendall(stream % len(body) + body + stream % 10 + b"1234")
         assert b'"finish_reason":"length"' in read_until(connection, b"[DONE]")
+
+
+def test_nothing_is_kept_of_a_connection_that_was_reset(frontend: RunningFrontend) -> None:
+    for _ in range(10):
+        with frontend.open_raw(prompt="hello", max_tokens=1, stream=False) as connection:
+            read_until(connection, b"}}")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+    deadline = time.monotonic() + TIMEOUT  # shorter than uvicorn's timeout for idle connections
+    while any(isinstance(it, GuardedProtocol) and it.transport.is_closing() for it in gc.get_objects()):
+        assert time.monotonic() < deadline
+        gc.collect()
 
 
 def test_endless_headers_are_refused(frontend: RunningFrontend) -> None:
