@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from engine_core.block_map import draw_block_map
-from engine_core.device import Device, Report, model_free_device
+from engine_core.device import Device, ModelFreeTokens, Report, model_free_device
 from engine_core.engine import EngineCore
 from engine_core.scheduler import Batch
 from engine_core.watching import Watching
@@ -87,18 +87,24 @@ async def measure(url: str, rounds: int) -> None:
     )
 
 
-class NoModel:
-    """A runner whose every token is 0, at once."""
+class Zeros(ModelFreeTokens):
+    """What `NoModel` launched."""
 
-    def launch(self, batch: Batch) -> "NoModel":
-        self._num_sampled = len(batch.sampled)
-        return self
-
-    def release_memory(self) -> None:
-        """Nothing to give back."""
+    def __init__(self, num_sampled: int) -> None:
+        self._num_sampled = num_sampled
 
     def collect(self) -> list[int]:
         return [0] * self._num_sampled
+
+
+class NoModel:
+    """A runner whose every token is 0, at once."""
+
+    def launch(self, batch: Batch) -> Zeros:
+        return Zeros(len(batch.sampled))
+
+    def release_memory(self) -> None:
+        """Nothing to give back."""
 
 
 def make_engine(num_requests: int, num_blocks: int, num_tokens: int) -> EngineCore:

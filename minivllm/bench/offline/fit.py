@@ -8,6 +8,7 @@ and not one shape. Both models are linear in what is unknown (a table is a weigh
 least-squares solution of the relative errors gives everything; that more work would take less time is noise.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -99,10 +100,13 @@ def _middle(turns: Sequence[TimedT]) -> TimedT:
 def decode_groups(options: FitOptions) -> list[list[int]]:
     """Prompt lengths of requests that decode together: mixed ones for every batch size, all long ones for the small.
 
-    Mixed, because requests of different lengths take longer than equal ones: on a CPU they attend in several groups.
+    Mixed and in no order, as in real traffic: a CPU's threads share the requests among them, and in ascending order one
+    of them would get all that are long.
     """
     short, long = options.context_lens
     mixed = [np.linspace(short, long, rows + 2)[1:-1].astype(int).tolist() for rows in options.batch_sizes]
+    for lens in mixed:
+        random.Random(0).shuffle(lens)
     return [*mixed, *([long] * rows for rows in options.batch_sizes if rows <= _MAX_LONG_ROWS)]
 
 

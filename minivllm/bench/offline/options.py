@@ -100,14 +100,14 @@ class StartupOptions(BenchOptions):
 class FitOptions(BenchOptions):
     """`minivllm bench fit`."""
 
-    repeats: Positive = Field(5, description="turns in which all passes are timed; the median is taken")
+    repeats: Positive = Field(4, description="turns in which all passes are timed; the median is taken")
     batch_sizes: _Counts = Field((1, 2, 4, 8, 12, 16, 24, 32), description="requests that decode together")
     context_lens: _Range = Field((16, 512), description="shortest and longest prompt of decoding requests, in tokens")
     prefill_sizes: _Counts = Field(
         (8, 16, 32, 64, 128, 256, 512), description="tokens of a prefill pass; at most --max-num-batched-tokens"
     )
     chunked_prompt_len: Positive = Field(2048, description="tokens of a prompt that takes many passes")
-    num_decode_steps: Positive = Field(30, description="decode steps of each batch size, in all turns together")
+    num_decode_steps: Positive = Field(24, description="decode steps of each batch size, in all turns together")
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
