@@ -16,7 +16,7 @@ from minivllm.config import ServeConfig
 from minivllm.control import ControlChannel
 from minivllm.diagnostics import dump_stacks_on_signal
 from minivllm.errors import StartupError
-from minivllm.listener import LISTEN_FD_VARIABLE, open_listener
+from minivllm.listener import LISTEN_FD_VARIABLE, SUCCESSOR_VARIABLE, open_listener
 from minivllm.logs import setup_logging
 from minivllm.options import load_config
 from minivllm.transport import Endpoints, make_socket_dir
@@ -51,7 +51,8 @@ def _prepare(config: ServeConfig, control: ControlChannel) -> Frontend:
     inherited = os.environ.pop(LISTEN_FD_VARIABLE, None)
     listener = socket.socket(fileno=int(inherited)) if inherited else open_listener(config)
     tokenizer = Tokenizer.from_directory(_tokenizer_directory(config), config.chat_template)
-    return Frontend(config, tokenizer, endpoints, listener, control)
+    is_successor = os.environ.pop(SUCCESSOR_VARIABLE, None) is not None
+    return Frontend(config, tokenizer, endpoints, listener, control, is_successor=is_successor)
 
 
 def _tokenizer_directory(config: ServeConfig) -> Path:

@@ -67,7 +67,7 @@ class LinkListener(Protocol):
 class EngineLink:
     """Create and use it on one event loop. Times in seconds on `time.monotonic`.
 
-    facts: set while the engine core is ready. gone_reason: set after it was lost, until it is ready again.
+    facts, is_ready: set while the engine core is ready. gone_reason: set after it was lost, until it is ready again.
     stats: what the engine core last said of itself, at stats_time. on_view: gets the messages that carry no number.
     """
 
@@ -94,6 +94,7 @@ class EngineLink:
         self._num_failed_pings = 0
         self._task: asyncio.Task[None] | None = None
         self.facts: EngineFacts | None = None
+        self.is_ready = asyncio.Event()
         self.on_view: Callable[[View | Explained], None] = lambda message: None
         self.stats = EngineStats()
         self.stats_time = -math.inf
@@ -134,6 +135,7 @@ class EngineLink:
             return
         logger.error("%s", reason)
         self.facts = None
+        self.is_ready.clear()
         # A new id: what was said in the old session cannot be heard any more, and its requests are freed.
         self._input.unsubscribe(self._frontend_id)
         self._begin_session()
@@ -243,6 +245,7 @@ class EngineLink:
             return
         self.num_restarts += self._epoch not in (None, message.epoch)
         self._epoch, self.facts = message.epoch, message.facts
+        self.is_ready.set()
         facts = message.facts
         logger.info("engine core ready: %s, %s, context of %d", facts.model, facts.device, facts.max_model_len)
         self.gone_reason = None

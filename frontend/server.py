@@ -40,7 +40,10 @@ _KEEP_ALIVE_SECONDS = 30
 
 
 class Frontend:
-    """One frontend process around one listening socket. `run` returns when it has shut down."""
+    """One frontend process around one listening socket. `run` returns when it has shut down.
+
+    is_successor: another process serves that socket, so listen only once the engine core is there.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class Frontend:
         endpoints: Endpoints,
         listener: socket.socket,
         control: ControlChannel,
+        is_successor: bool = False,
         engine_timeout: float | None = None,
         stream_ping_interval: float = 5.0,
     ) -> None:
@@ -57,11 +61,13 @@ class Frontend:
         self._endpoints = endpoints
         self._listener = listener
         self._control = control
+        self._is_successor = is_successor
         self._engine_timeout = engine_timeout or config.silence_timeout
         self._stream_ping_interval = stream_ping_interval
         self._collector = EngineCollector((config.served_model_name or config.model, ENGINE))
         self._shutdown: asyncio.Task[None] | None = None
         self._retirement: asyncio.Task[None] | None = None
+        self._engine_wait: asyncio.Task[bool] | None = None
 
     async def run(self) -> None:
         """Serve until a signal, `stop`, or the launcher's death."""
@@ -89,6 +95,8 @@ class Frontend:
         trace_file = TraceFile.of(self._config, self._engine)
         trace_file.start()
         try:
+            if self._is_successor:
+                await self._until_engine_ready()
             await self._server.serve(sockets=[self._listener])
         finally:
             self._engine.abort_all()
@@ -110,7 +118,13 @@ class Frontend:
         """Abort everything and leave."""
         self._engine.drain()
         self._engine.abort_all()
-        self._server.should_exit = self._server.force_exit = True
+        self._server.force_exit = True
+        self._leave()
+
+    async def _until_engine_ready(self) -> None:
+        """What it would have to refuse goes to its predecessor, which listens as long as this process does not."""
+        self._engine_wait = self._loop.create_task(self._engine.link.is_ready.wait())
+        await asyncio.wait([self._engine_wait])
 
     async def _retire(self) -> None:
         """Accept no more, but refuse nothing that comes over connections that are open; then finish what runs."""
@@ -129,7 +143,12 @@ class Frontend:
         if not await self._engine.wait_until_idle(self._config.shutdown_timeout):
             logger.warning("aborting %d requests", self._engine.num_unfinished)
             self._engine.abort_all()
+        self._leave()
+
+    def _leave(self) -> None:
         self._server.should_exit = True
+        if self._engine_wait is not None:
+            self._engine_wait.cancel()
 
     def _on_listening(self) -> None:
         url = public_url(self._config, self._listener)

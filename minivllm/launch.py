@@ -14,7 +14,7 @@ from minivllm.api_servers import default_api_server_count
 from minivllm.child import ChildSpec
 from minivllm.config import ServeConfig
 from minivllm.control import CONTROL_FD_VARIABLE
-from minivllm.listener import LISTEN_FD_VARIABLE, open_listeners, public_url
+from minivllm.listener import LISTEN_FD_VARIABLE, SUCCESSOR_VARIABLE, open_listeners, public_url
 from minivllm.options import ENV_PREFIX, env_name
 from minivllm.progress import Progress
 from minivllm.supervisor import Supervisor
@@ -107,7 +107,8 @@ def _child_specs(
 def _child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` without our options: the children get them resolved, and a variable would beat their config file."""
     options = {env_name(name) for name in ServeConfig.model_fields}
-    ours = options | {f"{ENV_PREFIX}CONFIG", CONTROL_FD_VARIABLE, LISTEN_FD_VARIABLE, METRICS_DIR_VARIABLE}
+    ours = options | {f"{ENV_PREFIX}CONFIG", CONTROL_FD_VARIABLE, METRICS_DIR_VARIABLE}
+    ours |= {LISTEN_FD_VARIABLE, SUCCESSOR_VARIABLE}
     return {name: value for name, value in environ.items() if name not in ours}
 
 

@@ -20,6 +20,7 @@ from minivllm.config import FrontendConfig
 from minivllm.errors import StartupError
 
 LISTEN_FD_VARIABLE = "MINIVLLM_LISTEN_FD"
+SUCCESSOR_VARIABLE = "MINIVLLM_SUCCESSOR"  # set: another process serves the socket until this one can
 _BACKLOG = 2048
 
 

@@ -1,4 +1,4 @@
-"""Replaces the frontends one by one: each successor listens before its predecessor retires.
+"""Replaces the frontends one by one: each successor has the engine core before it listens and its predecessor retires.
 
 old  serves ···················│ retire: accepts no more, finishes its streams ─▶ exits
 new              starts ─ ready│ serves                                                      then the next frontend
@@ -7,8 +7,10 @@ new              starts ─ ready│ serves                                     
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 
 from minivllm.child import Child, ChildSpec
+from minivllm.listener import SUCCESSOR_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,10 @@ class RollingRestart:
     async def next(self) -> None:
         """The last predecessor is gone: start the next successor, if one is left."""
         if self._waiting:
-            self._successor = await self._start(self._waiting.popleft())
+            spec = self._waiting.popleft()
+            self._successor = await self._start(
+                replace(spec, environment={**spec.environment, SUCCESSOR_VARIABLE: "1"})
+            )
         else:
             self._under_way = False
 

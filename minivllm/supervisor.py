@@ -213,7 +213,8 @@ class Supervisor:
             logger.error("%s (pid %d) %s: stopping", child.name, child.pid, end)
             return False
         logger.error("%s (pid %d) %s: restarting", child.name, child.pid, end)
-        asyncio.get_running_loop().call_later(delay, self._events.put_nowait, Due(child.spec))
+        spec = next(spec for spec in (self._engine_spec, *self._frontend_specs) if spec.name == child.name)
+        asyncio.get_running_loop().call_later(delay, self._events.put_nowait, Due(spec))  # nobody's successor any more
         return True
 
     async def _drain(self) -> None:

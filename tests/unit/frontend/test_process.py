@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -167,6 +168,25 @@ def test_frontends_share_an_inherited_socket(start: Start, engine: FakeEngine) -
         first.popen.send_signal(signal.SIGTERM)
         assert first.popen.wait(20) == 0
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+
+
+def test_a_successor_listens_only_once_it_has_the_engine_core(start: Start, socket_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        shared = {"MINIVLLM_LISTEN_FD": str(listener.fileno()), "MINIVLLM_SUCCESSOR": "1"}
+        successor = start("--port", url.rpartition(":")[2], **shared)
+        with pytest.raises(httpx.ReadTimeout):  # the socket takes connections, the process does not
+            httpx.get(f"{url}/health", timeout=3)
+        with FakeEngine(socket_dir):
+            assert successor.url() == url
+            assert httpx.get(f"{url}/ready").status_code == 200
+
+
+def test_a_waiting_successor_can_be_stopped(start: Start, socket_dir: Path) -> None:
+    successor = start("--port", "0", MINIVLLM_SUCCESSOR="1")
+    time.sleep(2)  # until it waits
+    successor.popen.send_signal(signal.SIGTERM)
+    assert successor.popen.wait(20) == 0
 
 
 def test_a_retiring_frontend_finishes_its_streams_and_its_successor_refuses_nobody(

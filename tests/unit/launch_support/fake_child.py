@@ -81,8 +81,8 @@ def main(log: str, kind: str, behaviour: str, _: str, config_file: str) -> None:
     if behaviour == "garbage":
         os.write(control._connection.fileno() if control._connection else 2, b"[]\nnot json\n")
     if behaviour != "silent":
+        child.note("ready")  # before the launcher acts on it
         control.report("ready")
-        child.note("ready")
     if behaviour == "die later":
         time.sleep(1)
         os._exit(4)
