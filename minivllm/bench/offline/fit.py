@@ -169,7 +169,8 @@ def solve(samples: Sequence[Sample], num_points: int) -> list[float]:
         found = np.linalg.lstsq(matrix[:, kept], np.ones(len(seconds)))[0]
         if (found >= 0).all():
             break
-        kept = np.delete(kept, found.argmin())
+        worst = found[1:].argmin() + 1  # the smallest pass takes time: its point stays
+        kept = np.delete(kept, worst if found[worst] < 0 else -1)
     solution = np.zeros(matrix.shape[1])
     solution[kept] = found
     solution /= scale

@@ -51,6 +51,11 @@ def test_noise_makes_nothing_negative() -> None:
     assert 0.8 < base < 1.0
 
 
+def test_noise_does_not_make_the_smallest_pass_free() -> None:
+    samples = [Sample("a", [1.0, 10.0], 0.9), Sample("b", [1.0, 20.0], 2.1), Sample("c", [1.0, 40.0], 4.3)]
+    assert solve(samples, 1)[0] > 0.0
+
+
 def test_noise_makes_no_larger_pass_cheaper() -> None:
     curve = Curve((1, 2, 4), (0.0, 0.0, 0.0))
     timed = [TimedDecode(rows, 0, seconds) for rows, seconds in ((1, 0.1), (2, 0.3), (4, 0.2))]
