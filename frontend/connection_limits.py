@@ -33,6 +33,7 @@ class GuardedProtocol(StreamingHttpProtocol):
         self._cancel_deadline()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn leaves it running, and so all that is here, after a reset
+        self.cycle = self.scope = None  # type: ignore[assignment]  # they lead back here: only the collector would end it
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
