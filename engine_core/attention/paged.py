@@ -79,7 +79,8 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """Output [1, num_tokens, num_heads, head_dim]."""
     layer: PagedLayer = module.paged_layer  # type: ignore[assignment]
-    output = torch.ops.minivllm.paged_attention(
+    attend = torch.ops.minivllm.paged_attention if torch.compiler.is_compiling() else _attend
+    output = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -93,8 +94,7 @@ def paged_attention(
     return output[None], None
 
 
-@torch.library.custom_op("minivllm::paged_attention", mutates_args=("key_cache", "value_cache"))
-def _paged_attention(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -107,6 +107,12 @@ def _paged_attention(
 ) -> Tensor:
     scoring = Scoring(scaling, window or None, softcap or None)
     return _contexts[context_number].metadata.attend(query, key, value, key_cache, value_cache, scoring)
+
+
+# For compiled code only: calling it costs as much as a small batch's attention.
+_paged_attention = torch.library.custom_op(
+    "minivllm::paged_attention", _attend, mutates_args=("key_cache", "value_cache")
+)
 
 
 @_paged_attention.register_fake
