@@ -19,11 +19,17 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [re.sub(r"\d+\.\d ms", "… ms", line) for line in found]
 
 
+def forget_the_start(frontend: RunningFrontend, caplog: pytest.LogCaptureFixture) -> None:
+    """A line is written after the answer: wait for that of the last request."""
+    frontend.wait_until_ready()
+    wait_until("logged", lambda: "- GET /ready 200 … ms" in lines(caplog))
+    caplog.clear()
+
+
 def test_a_line_for_each_request(engine: FakeEngine, start_frontend: Start, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     frontend = start_frontend(enable_access_log=True)
-    frontend.wait_until_ready()
-    caplog.clear()
+    forget_the_start(frontend, caplog)
     post = frontend.http.post
     post("/generate", json={"prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True, "request_id": "mine"})
     post("/v1/completions", json={"prompt": [[5, 6], [7]], "max_tokens": 2, "n": 2, "request_id": "two"})
@@ -43,8 +49,7 @@ def test_a_line_for_each_request(engine: FakeEngine, start_frontend: Start, capl
 def test_a_client_that_leaves(engine: FakeEngine, start_frontend: Start, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     frontend = start_frontend(enable_access_log=True)
-    frontend.wait_until_ready()
-    caplog.clear()
+    forget_the_start(frontend, caplog)
     with frontend.open_raw(prompt="hello", max_tokens=200) as connection:
         connection.recv(10)
     wait_until("logged", lambda: bool(lines(caplog)))

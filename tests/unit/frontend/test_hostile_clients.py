@@ -132,7 +132,7 @@ def test_nothing_is_kept_of_a_connection_that_was_closed(frontend: RunningFronte
                 if reset:
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         deadline = time.monotonic() + TIMEOUT  # shorter than uvicorn's timeout for idle connections
-        while any(isinstance(it, GuardedProtocol) and it.transport.is_closing() for it in gc.get_objects()):
+        while any(issubclass(type(it), GuardedProtocol) and it.transport.is_closing() for it in gc.get_objects()):
             assert time.monotonic() < deadline
             time.sleep(0.1)
     finally:
