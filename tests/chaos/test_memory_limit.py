@@ -3,6 +3,8 @@
 import resource
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from tests.chaos.conftest import MakeModel
 from tests.support.server import ServerProcess
 
@@ -21,6 +23,7 @@ SHORT = [{"prompt": [100 + index] * 4, "max_tokens": 3 + index % 3, "ignore_eos"
 LONG = {"prompt": [7] * 200, "max_tokens": 4, "stream": False}
 
 
+@pytest.mark.long  # how much of the address space is free depends on what the allocator did before: 1 run in some fails
 def test_only_what_cannot_fit_fails_under_a_limit_of_memory(make_model: MakeModel) -> None:
     with ServerProcess(str(make_model(**SIZES)), *OPTIONS) as server:
         engine_core = server.engine_core

@@ -92,11 +92,11 @@ def test_waiting_requests_are_counted_and_the_first_described(
 ) -> None:
     monkeypatch.setattr(watching, "MAX_WAITING_ROWS", 3)
     with connected(served.endpoints, A) as (frontend,):
+        watch(frontend)
         for index in range(10):
             frontend.add(str(index), [1] * 10, SamplingParams(temperature=0.0, max_tokens=390, ignore_eos=True))
-        watch(frontend)
         seen = frontend.wait_for(
-            lambda message: isinstance(message, View) and (message.view.num_running, message.view.num_waiting) == (2, 8)
+            lambda message: isinstance(message, View) and message.view.num_running == 2 and message.view.num_waiting > 3
         )
         assert isinstance(seen, View)
         assert len([row for row in seen.view.requests if row.finish_reason is None]) == 5
