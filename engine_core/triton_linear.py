@@ -3,8 +3,8 @@
     grid     columns × share of the inner dimension × tokens     enough programs to keep all memory channels busy
     last     of the shares of a tile to arrive adds them up in a fixed order: the same result every time
 
-What cuBLAS does as well or better, larger batches above all, is left to it. `_tiles` says which: measured on an H200,
-behind a small kernel as in a layer, because much of a step is the time between kernels (triton_launch.py).
+What cuBLAS does as well or better, larger batches above all, is left to it. `is_faster` says which: measured on an
+H200, behind a small kernel as in a layer, because much of a step is the time between kernels (triton_launch.py).
 """
 
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from engine_core.triton_launch import launch_options, launches_overlap, wait_for_earlier_kernels
 
 MAX_TOKENS = 128
+_FEW_TOKENS, _PART_TOKENS = 16, 64  # of a program: one part for a handful of tokens, else parts of this size
 _BLOCK_N, _BLOCK_K, _NUM_WARPS = 32, 128, 4
 _MIN_PROGRAMS = 128
 _MAX_INNER = 8192  # of one share
@@ -79,7 +80,7 @@ class Tiles(NamedTuple):
 
 def arrival_counters(out_features: int, device: torch.device) -> Tensor:
     """What `small_linear` needs beside the weights: one zero per tile and part, zero again after every call."""
-    num_parts = triton.cdiv(MAX_TOKENS, 64)
+    num_parts = triton.cdiv(MAX_TOKENS, _PART_TOKENS)
     return torch.zeros(triton.cdiv(out_features, _BLOCK_N) * num_parts, dtype=torch.int32, device=device)
 
 
@@ -107,17 +108,17 @@ def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None, arrivals: Tenso
 def is_faster(num_tokens: int, weight: Tensor) -> bool:
     """Whether `small_linear` beats cuBLAS for so many tokens."""
     out_features, in_features = weight.shape
-    if num_tokens <= 16:
+    if num_tokens <= _FEW_TOKENS:
         return out_features <= 8192
     if weight.dtype == torch.float32:  # no tensor cores
         return False
-    if num_tokens <= 64:
+    if num_tokens <= _PART_TOKENS:
         return out_features <= 4096 or out_features * in_features <= 1 << 23
     return num_tokens <= MAX_TOKENS and out_features * in_features <= 1 << 22 and out_features <= in_features
 
 
 def _tiles(num_tokens: int, out_features: int, in_features: int) -> Tiles:
-    tokens = 16 if num_tokens <= 16 else 64
+    tokens = _FEW_TOKENS if num_tokens <= _FEW_TOKENS else _PART_TOKENS
     columns, parts = triton.cdiv(out_features, _BLOCK_N), triton.cdiv(num_tokens, tokens)
     shares = 1
     while shares < 8 and (columns * parts * shares < _MIN_PROGRAMS or in_features > _MAX_INNER * shares):

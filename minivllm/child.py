@@ -57,14 +57,19 @@ class Child:
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
-    async def start(cls, spec: ChildSpec, post: Callable[[Reported | Exited], None]) -> "Child":
-        """Start the process. It is the leader of its own session, so that Ctrl-C reaches only the launcher."""
+    async def start(
+        cls, spec: ChildSpec, post: Callable[[Reported | Exited], None], variables: Mapping[str, str] | None = None
+    ) -> "Child":
+        """Start the process, with environment `variables` for this time only.
+
+        It is the leader of its own session, so that Ctrl-C reaches only the launcher.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 *spec.command,
                 stdin=asyncio.subprocess.DEVNULL,
-                env={**spec.environment, CONTROL_FD_VARIABLE: str(theirs.fileno())},
+                env={**spec.environment, **(variables or {}), CONTROL_FD_VARIABLE: str(theirs.fileno())},
                 pass_fds=(theirs.fileno(), *spec.pass_fds),
                 start_new_session=True,
             )

@@ -6,8 +6,7 @@ new              starts ─ ready│ serves                                     
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from minivllm.child import Child, ChildSpec
 from minivllm.listener import SUCCESSOR_VARIABLE
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 class RollingRestart:
     """`start` starts a process that shares the listening socket with the one it replaces."""
 
-    def __init__(self, start: Callable[[ChildSpec], Awaitable[Child]]) -> None:
+    def __init__(self, start: Callable[[ChildSpec, Mapping[str, str]], Awaitable[Child]]) -> None:
         self._start = start
         self._waiting: deque[ChildSpec] = deque()
         self._successor: Child | None = None
@@ -34,10 +33,7 @@ class RollingRestart:
     async def next(self) -> None:
         """The last predecessor is gone: start the next successor, if one is left."""
         if self._waiting:
-            spec = self._waiting.popleft()
-            self._successor = await self._start(
-                replace(spec, environment={**spec.environment, SUCCESSOR_VARIABLE: "1"})
-            )
+            self._successor = await self._start(self._waiting.popleft(), {SUCCESSOR_VARIABLE: "1"})
         else:
             self._under_way = False
 

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +116,8 @@ class Supervisor:
     def _engine(self) -> Child | None:
         return self._children.get(self._engine_spec.name)
 
-    async def _start(self, spec: ChildSpec) -> Child:
-        child = await Child.start(spec, self._events.put_nowait)
+    async def _start(self, spec: ChildSpec, variables: Mapping[str, str] | None = None) -> Child:
+        child = await Child.start(spec, self._events.put_nowait, variables)
         self._alive.add(child)
         asyncio.get_running_loop().call_later(self._startup_timeout, self._events.put_nowait, Overdue(child))
         return child
@@ -213,8 +213,7 @@ class Supervisor:
             logger.error("%s (pid %d) %s: stopping", child.name, child.pid, end)
             return False
         logger.error("%s (pid %d) %s: restarting", child.name, child.pid, end)
-        spec = next(spec for spec in (self._engine_spec, *self._frontend_specs) if spec.name == child.name)
-        asyncio.get_running_loop().call_later(delay, self._events.put_nowait, Due(spec))  # nobody's successor any more
+        asyncio.get_running_loop().call_later(delay, self._events.put_nowait, Due(child.spec))
         return True
 
     async def _drain(self) -> None:

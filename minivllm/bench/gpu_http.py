@@ -11,9 +11,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median_low
 from typing import Any, NamedTuple
 
+from minivllm.bench.median import median_run
 from minivllm.bench.offline.options import BenchOptions
 from minivllm.bench.offline.shapes import located
 from minivllm.bench.offline.stand_in_tokenizer import write_stand_in_tokenizer
@@ -65,10 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measurements(name: str, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the run with the median tokens/s; each result is one of `bench serve --json`."""
-    middle = median_low(result["output_tokens_per_second"] for result in results)
-    result = next(result for result in results if result["output_tokens_per_second"] == middle)
+    result = median_run(results, lambda result: float(result["output_tokens_per_second"]))
     return [
-        {"name": name, "value": middle, "unit": "tokens/s"},
+        {"name": name, "value": result["output_tokens_per_second"], "unit": "tokens/s"},
         {"name": f"{name}: TTFT p50", "value": result["ttft"]["percentiles"]["50"], "unit": "ms"},
         {"name": f"{name}: TTFT p99", "value": result["ttft"]["percentiles"]["99"], "unit": "ms"},
         {"name": f"{name}: ITL p50", "value": result["itl"]["percentiles"]["50"], "unit": "ms"},

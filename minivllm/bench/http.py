@@ -27,8 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from minivllm import __version__
 from minivllm.bench.frontend_cost import ReadyTime, frontend_rss
+from minivllm.bench.median import median_run
 from minivllm.bench.output_file import write_json
-from minivllm.bench.results import Result, make_result, make_table, median_run
+from minivllm.bench.results import Result, make_result, make_table
 from minivllm.bench.serving.endpoints import RequestSpec
 from minivllm.bench.serving.generator import LoadError, LoadGenerator
 from minivllm.bench.serving.summary import summarize
@@ -96,7 +97,10 @@ async def _run(url: str, names: str, rounds: int, console: Console) -> tuple[lis
             bench = _Bench(http, generator, progress)
             await bench.run_once(load_workloads()[0], "warm-up")
             results = [
-                median_run([await bench.run_once(workload, f"{round_ + 1}") for round_ in range(rounds)])
+                median_run(
+                    [await bench.run_once(workload, f"{round_ + 1}") for round_ in range(rounds)],
+                    lambda result: result.tokens_per_second,
+                )
                 for workload in workloads
             ]
         return results, await frontend_rss(http)

@@ -1,6 +1,5 @@
 """Turns the runs of a fixed workload into the numbers that are shown and written."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,12 +42,6 @@ def make_result(workload: str, concurrency: int, summary: Summary) -> Result:
         itl_p50=summary.itl.percentiles[50],
         itl_p99=summary.itl.percentiles[99],
     )
-
-
-def median_run(runs: Sequence[Result]) -> Result:
-    """The run with the median speed (the slower of the middle two)."""
-    speed = statistics.median_low(run.tokens_per_second for run in runs)
-    return next(run for run in runs if run.tokens_per_second == speed)
 
 
 def make_table(results: Sequence[Result], title: str, caption: str) -> Table:

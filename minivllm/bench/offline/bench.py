@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median_low
 
 import transformers
 
 from engine_core.engine import EngineCore
 from engine_core.model_loader import read_config
+from minivllm.bench.median import median_run
 from minivllm.bench.offline.cost import ModelCost, model_cost
 from minivllm.bench.offline.machine import Ceilings, Machine, measure_ceilings, this_machine
 from minivllm.bench.offline.options import BenchOptions
@@ -55,8 +55,7 @@ class Bench:
     def median_run(self, name: str, work: Work, repeats: int) -> Run:
         """Run `work` several times; the run with the median time (of an even number, the faster of the middle two)."""
         runs = [self.run(f"{name} ({index + 1} of {repeats})", work) for index in range(repeats)]
-        middle = median_low(run.seconds for run in runs)
-        return next(run for run in runs if run.seconds == middle)
+        return median_run(runs, lambda run: run.seconds)
 
 
 def vocab_size_of(directory: Path, options: BenchOptions) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,14 +24,12 @@ from rich.text import Text
 from engine_core.engine import EngineCore
 from minivllm.bench.offline.machine import Machine, this_machine
 from minivllm.bench.offline.options import FitOptions
-from minivllm.bench.offline.passes import PassTimer, TimedDecode, TimedPrefill
+from minivllm.bench.offline.passes import PassTimer, TimedDecode, TimedPrefill, median_pass
 from minivllm.bench.offline.shapes import model_name
 from minivllm.bench.offline.watch import Watch
 from minivllm.simulate.cost_model import CostModel, Curve, causal_pairs
 
 _MAX_LONG_ROWS = 8  # enough to see what context costs, and prompts are slow on a CPU
-
-TimedT = TypeVar("TimedT", TimedDecode, TimedPrefill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +87,7 @@ def measure_fit(options: FitOptions, directory: Path, watch: Watch) -> FitReport
         for group, decode_turns in zip(groups, decodes, strict=True):
             decode_turns.append(watch.run(f"decode of {len(group)}", partial(timer.decode, group)))
     engine.check_integrity()
-    return _report(options, engine, [*map(_middle, decodes)], [*map(_middle, prefills)])
-
-
-def _middle(turns: Sequence[TimedT]) -> TimedT:
-    """The one that took the median time."""
-    return sorted(turns, key=lambda timed: timed.seconds)[len(turns) // 2]
+    return _report(options, engine, [*map(median_pass, decodes)], [*map(median_pass, prefills)])
 
 
 def decode_groups(options: FitOptions) -> list[list[int]]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from engine_core.device import WatchedRunner
 from engine_core.engine import EngineCore
@@ -44,6 +45,9 @@ class TimedPrefill:
     seconds: float
 
 
+TimedT = TypeVar("TimedT", TimedDecode, TimedPrefill)
+
+
 class PassTimer:
     """Needs an idle engine and leaves it idle. Prompts are random, those of prefill passes always new ones.
 
@@ -80,8 +84,7 @@ class PassTimer:
 
     def prefill(self, prompt_lens: Sequence[int]) -> TimedPrefill:
         """The median of `repeats` runs. Raises `StartupError` when a prompt does not fit."""
-        runs = sorted((self._prefill_once(prompt_lens) for _ in range(self._repeats)), key=lambda run: run.seconds)
-        return runs[len(runs) // 2]
+        return median_pass([self._prefill_once(prompt_lens) for _ in range(self._repeats)])
 
     def _prefill_once(self, prompt_lens: Sequence[int]) -> TimedPrefill:
         with launched_batches(self._engine) as batches:
@@ -114,6 +117,11 @@ class PassTimer:
     def _drain(self) -> None:
         while self._engine.has_work:
             self._engine.step()
+
+
+def median_pass(timed: Sequence[TimedT]) -> TimedT:
+    """The one that took the median time (of an even number, the slower of the middle two)."""
+    return sorted(timed, key=lambda each: each.seconds)[len(timed) // 2]
 
 
 @contextmanager
