@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,9 @@ def test_log_probabilities_equal_those_of_the_cpu(engine: EngineCore, cpu_engine
     assert log_probabilities(engine) == pytest.approx(log_probabilities(cpu_engine), abs=1e-3)
 
 
-@pytest.mark.parametrize("phase", ["run_prefill", "run_decode", "collect"])
+@pytest.mark.parametrize(("phase", "period"), [("run_prefill", 5), ("run_decode", 23), ("collect", 23)])
 def test_shortages_in_every_phase_change_no_token(
-    engine: EngineCore, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, phase: str
+    engine: EngineCore, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, phase: str, period: int
 ) -> None:
     before = engine.counters.num_oom_recoveries
     place: Any = SampledTokens if phase == "collect" else engine.runner
@@ -84,7 +85,7 @@ def test_shortages_in_every_phase_change_no_token(
         nonlocal num_calls
         num_calls += 1
         result = original(*args)  # late: what it writes is written
-        if num_calls % 23 == 0 and not any(request.was_out_of_memory for request in engine._requests.values()):
+        if num_calls % period == 0 and not any(request.was_out_of_memory for request in engine._requests.values()):
             raise torch.OutOfMemoryError("injected")
         return result
 
@@ -95,12 +96,10 @@ def test_shortages_in_every_phase_change_no_token(
 
 def test_a_device_that_is_really_full_changes_no_token(model_dir: Path, expected: dict[str, list[int]]) -> None:
     engine = make_engine(model_dir, device="cuda", enforce_eager=True)
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    # torch takes 20 MiB for every tensor of more than 1 MiB: such passes cannot fit, those of some 200 tokens do.
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 12 * 2**20) / total)
     try:
+        others = fill_device(all_but=17 * 2**20)  # all prompts at once would need twice that
         assert run(engine, join_every=0) == expected
+        assert others
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert engine.counters.num_oom_recoveries > 0
@@ -115,6 +114,19 @@ def test_start_up_in_too_little_memory_says_what_to_change(model_dir: Path) -> N
 def make_engine(model_dir: Path, **options: Any) -> EngineCore:
     defaults = {"max_num_seqs": 16, "kv_cache_memory_bytes": 2**28, "dtype": "float32"}
     return EngineCore(EngineConfig.model_validate({"model": str(model_dir), **defaults, **options}), model_dir)
+
+
+def fill_device(all_but: int) -> list[torch.Tensor]:
+    """Tensors that leave `all_but` bytes to large ones, and a few MiB to small ones, as torch sees the device."""
+    torch.cuda.empty_cache()
+    segment, size = 20 * 2**20, 5 * 2**18  # torch takes a segment for any tensor of 1 to 10 MiB: 16 of these fill it
+    limit = torch.cuda.memory_reserved() + 2 * segment + segment // 2
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    tensors = []
+    with suppress(torch.OutOfMemoryError):
+        while True:
+            tensors.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+    return tensors[: -all_but // size]
 
 
 def run(engine: EngineCore, join_every: int = 2) -> dict[str, list[int]]:
