@@ -27,6 +27,8 @@ from minivllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
+_MOST_SHORTAGES = 256  # of one request's smallest passes, before more of them are no use
+
 
 @dataclass(slots=True)
 class RequestOutput:
@@ -232,14 +234,16 @@ class EngineCore:
         return outputs
 
     def _give_way(self, batch: Batch, shortage: Shortage) -> list[RequestOutput]:
-        """Not even one request fits: preempt all others. If it has not fitted then either, it fails."""
+        """Not even the smallest pass of one request fits: try again, then without anybody else, then let it fail."""
         request = batch.requests[0]
         if request.finished:  # by a pass that was collected meanwhile
             return []
-        if not request.was_out_of_memory:
-            request.was_out_of_memory = True
-            self.scheduler.preempt(self._requests.values())
-            self.runner.release_memory()
+        request.num_shortages += 1
+        request.shortages_in_a_row += 1
+        if request.num_shortages < _MOST_SHORTAGES and request.shortages_in_a_row <= 2:
+            if request.shortages_in_a_row == 2:
+                self.scheduler.preempt(self._requests.values())
+                self.runner.release_memory()
             return []
         message = (
             f"out_of_memory: a {batch.kind} pass of {batch.num_tokens} tokens of this request alone does not fit after "

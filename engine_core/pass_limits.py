@@ -11,13 +11,16 @@ MAX_PATIENCE = 4096
 
 
 class PassLimits:
-    """Limits of the next pass: `num_tokens` of a prefill, `num_requests` of a decode."""
+    """Limits of the next pass: `num_tokens` of a prefill, `num_requests` of a decode.
+
+    The first request of a prefill may always have `smallest_prefill` tokens, or it would never complete a block.
+    """
 
     def __init__(self, max_num_tokens: int, max_num_requests: int, min_num_tokens: int) -> None:
         """`min_num_tokens`: the prefill of a single request is not cut below that."""
         self._max_num_tokens = self.num_tokens = max_num_tokens
         self._max_num_requests = self.num_requests = max_num_requests
-        self._min_num_tokens = min_num_tokens
+        self.smallest_prefill = min(min_num_tokens, max_num_tokens)
         self._patience = FIRST_PATIENCE
         self._num_good = 0  # passes since the last change
         self._was_raised = False  # by the last change
@@ -28,7 +31,7 @@ class PassLimits:
 
     def shrink_prefill(self, num_tokens: int, num_requests: int) -> bool:
         """A prefill of that size did not fit: allow half. False, and no change, when it cannot be smaller."""
-        smallest = self._min_num_tokens if num_requests == 1 else 1
+        smallest = self.smallest_prefill if num_requests == 1 else 1
         if num_tokens <= smallest:
             return False
         self.num_tokens = min(self.num_tokens, max(num_tokens // 2, smallest))

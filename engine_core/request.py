@@ -42,7 +42,8 @@ class Request:
     num_pending: int = 0  # tokens sampled on the device and not read yet
     num_in_flight: int = 0  # launched batches that name this request
     num_preemptions: int = 0
-    was_out_of_memory: bool = False  # its last pass, which it had for itself, did not fit
+    num_shortages: int = 0  # smallest passes, of this request alone, for which there was no memory
+    shortages_in_a_row: int = 0  # such passes since the last that fitted
     row: int = -1  # its row in the device's tables while it runs
     finish: Finished | None = None
 

@@ -145,7 +145,7 @@ class Scheduler:
         """`batch` is done on the device: make its blocks findable, release what finished while it was in flight."""
         self.limits.pass_done()
         for request in batch.requests:
-            request.was_out_of_memory = False
+            request.shortages_in_a_row = 0
             self._kv.commit(request)
             self._leave_flight(request)
 
@@ -176,9 +176,10 @@ class Scheduler:
         batch = Batch("prefill")
         budget, logits_budget = self.limits.num_tokens, MAX_PROMPT_LOGITS
         for request in self.prefill_queue:
-            most = min(budget, logits_budget) if request.needs_prompt_logits else budget
-            if most == 0 or (request.row < 0 and not self._free_rows):
-                self.waiting_for = "rows" if most else "budget"
+            most = budget if batch.requests else max(budget, self.limits.smallest_prefill)
+            most = min(most, logits_budget) if request.needs_prompt_logits else most
+            if most <= 0 or (request.row < 0 and not self._free_rows):
+                self.waiting_for = "rows" if most > 0 else "budget"
                 break
             # Leave a block for each decoding request, so that a new prompt does not force a preemption right away.
             num_tokens = self._kv.allocate_prefill(request, most, reserve=len(self.decode_queue))

@@ -85,7 +85,7 @@ def test_shortages_in_every_phase_change_no_token(
         nonlocal num_calls
         num_calls += 1
         result = original(*args)  # late: what it writes is written
-        if num_calls % period == 0 and not any(request.was_out_of_memory for request in engine._requests.values()):
+        if num_calls % period == 0 and not any(request.shortages_in_a_row for request in engine._requests.values()):
             raise torch.OutOfMemoryError("injected")
         return result
 

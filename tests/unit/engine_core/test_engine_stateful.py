@@ -142,6 +142,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert 1 <= limits.num_tokens <= self.engine.max_num_batched_tokens
         assert 1 <= limits.num_requests <= self.engine.config.max_num_seqs
         size, limit = batch.num_tokens, limits.num_tokens if batch.kind == "prefill" else limits.num_requests
+        if batch.kind == "prefill" and len(batch.requests) == 1:
+            limit = max(limit, limits.smallest_prefill)
         assert size <= limit
 
     def check_first_come_first_served(self, batch: Batch) -> None:

@@ -143,6 +143,49 @@ def test_only_the_request_that_cannot_fit_alone_fails(depth: int) -> None:
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_shortages_again_and_again_leave_time_to_get_on(depth: int, kind: str) -> None:
+    engine, runner = make_fake_engine(depth, num_gpu_blocks_override=200, block_size=4, max_num_batched_tokens=64)
+    num_passes = 0
+
+    def fail_every_other_pass(batch: Batch) -> None:
+        nonlocal num_passes
+        num_passes += batch.kind == kind
+        if batch.kind == kind and num_passes % 2 == 0:
+            runner.fail_launch = MemoryError("injected")
+
+    runner.on_launch = fail_every_other_pass
+    expected = {
+        name: add(engine, name, length, 9) for name, length in zip("abcdef", (40, 3, 75, 1, 22, 60), strict=True)
+    }
+    results = run_to_end(engine)  # gives up after 1,000 steps
+    assert {name: result.token_ids for name, result in results.items()} == expected
+    assert engine.stats().num_oom_recoveries > 10
+    assert_idle(engine)
+
+
+def test_a_request_whose_progress_is_lost_each_time_fails_in_the_end() -> None:
+    engine, runner = make_fake_engine(
+        0, num_gpu_blocks_override=50, block_size=2, max_num_batched_tokens=2, enable_prefix_caching=False
+    )
+    num_passes = 0
+
+    def fail_every_other_pass(batch: Batch) -> None:
+        nonlocal num_passes
+        num_passes += 1
+        runner.fail_launch = None if num_passes % 2 else MemoryError("injected")
+
+    runner.on_launch = fail_every_other_pass
+    add(engine, "a", 9, 3)
+    finished = run_to_end(engine)["a"].finished
+    assert finished is not None
+    assert finished.message == (
+        "out_of_memory: a prefill pass of 2 tokens of this request alone does not fit after 2 computed ones: injected"
+    )
+    assert_idle(engine)
+
+
 def test_what_a_failed_pass_did_not_compute_is_not_found_later() -> None:
     engine, runner = make_fake_engine(1, num_gpu_blocks_override=50, block_size=2, max_num_batched_tokens=4)
     add(engine, "a", 12, 6)
@@ -202,7 +245,7 @@ def test_shortages_in_every_phase_of_a_real_model_change_no_token(
             num_calls += 1
             result = original(*args, **keywords)  # late: what it writes is written
             rows = [request.row for request in requests]
-            is_last_chance = any(request.was_out_of_memory for request in requests)
+            is_last_chance = any(request.shortages_in_a_row == 2 for request in requests)
             if num_calls % 2 == 0 and not is_last_chance and engine.counters.num_oom_recoveries < NUM_INJECTIONS:
                 runner.rows.lengths[rows] += 3
                 runner.rows.last_token[rows] += 1
