@@ -3,6 +3,7 @@
 The launcher starts it this way; so can you (see scripts/launch_processes).
 """
 
+import gc
 import logging
 import os
 import signal
@@ -89,6 +90,8 @@ def _serve(config: ServeConfig, control: ControlChannel) -> None:
     except BaseException as error:
         server.close(f"the engine core could not start: {error}")
         raise
+    gc.freeze()  # torch, transformers, the compiler: looking through them stops everybody for 0.4 s
+    gc.set_threshold(50_000, 20, 50)
     facts = engine.facts(os.getpid())
     logger.info(
         "ready on %s (%s): %d KV cache blocks of %d tokens, max_model_len %d, sockets in %s",
