@@ -5,6 +5,7 @@ step()   schedule ─▶ launch N+1 ─┐ no wait for the device        depth 1
 """
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,7 @@ class EngineCore:
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[_Launched] = deque()
         self._depth = device.depth
+        self._collected_time = -math.inf  # of the last pass: the next one has the device from then on
         self._events: dict[str, RequestOutput] = {}  # ends that no step produced (aborts)
 
     @property
@@ -190,13 +192,16 @@ class EngineCore:
         self._in_flight.popleft()
         if self.decision_log is not None:
             self.decision_log.tokens(tokens)
-        self.records.collected(launched.batch, self._clock())
+        now = self._clock()
+        seconds = now - max(launched.time, self._collected_time)
+        self._collected_time = now
+        self.records.collected(launched.batch, now)
         ended = self._end_failed(launched.tokens.failures)
         outputs = self._update(launched.batch, tokens)
         if launched.batch.with_logprobs or launched.batch.prompt_spans:
             self._add_logprobs(outputs, launched)
         self.scheduler.complete(launched.batch)
-        self.counters.step_done(launched.batch, self._clock() - launched.time)
+        self.counters.step_done(launched.batch, seconds)
         return ended + outputs
 
     def _end_failed(self, failures: Mapping[Request, str]) -> list[RequestOutput]:

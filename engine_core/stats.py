@@ -42,7 +42,7 @@ class EngineCounters:
         self._recent: deque[tuple[float, int]] = deque()  # (time, generated tokens)
 
     def step_done(self, batch: Batch, seconds: float) -> None:
-        """`batch` was collected `seconds` after it was launched."""
+        """`batch` was collected and had the device for `seconds`: since its launch, or the end of the pass before."""
         self._observe("iteration_tokens", batch.num_tokens)
         self._observe(f"step_seconds_{batch.kind}", seconds)
         if batch.kind == "decode":

@@ -89,7 +89,7 @@ class EngineCollector(Collector):
             family = HistogramMetricFamily(name, documentation, labels=_LABELS)
             _add_histogram(family, self._labels, histograms.get(source))
             yield family
-        steps = HistogramMetricFamily("minivllm:step_seconds", "Duration of a step", labels=(*_LABELS, "kind"))
+        steps = HistogramMetricFamily("minivllm:step_seconds", "Time a pass has the device", labels=(*_LABELS, "kind"))
         for kind in ("prefill", "decode"):
             _add_histogram(steps, (*self._labels, kind), histograms.get(f"step_seconds_{kind}"))
         yield steps

@@ -13,11 +13,13 @@ from minivllm.labs.workbench import Workbench
 from minivllm.plots import COLORS, new_figure
 from minivllm.simulate.drive import WallClock, run_trace
 from minivllm.simulate.trace import Arrival
+from minivllm.units import TIME, duration, fitting, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PROMPT_LEN = 16
+_MAX_LISTED = 12  # output lengths that are shown one by one
 
 
 @dataclass
@@ -52,14 +54,14 @@ def run(bench: Workbench) -> Findings:
     hf_seconds = bench.watch.run("Hugging Face generate()", lambda: time_hf_here(job)[0])
     faster = static.seconds / continuous.seconds
     return Findings(
-        number=f"Continuous batching: {num_tokens / continuous.seconds:.0f} tokens/s in {continuous.num_steps} steps, "
-        f"static {num_tokens / static.seconds:.0f} in {static.num_steps}: {faster:.2f} times as fast.",
-        broken=f"one request at a time makes {num_tokens / single.seconds:.0f} tokens/s and lets a request wait "
-        f"{mean(single.waits):.1f} s on average, against {mean(continuous.waits):.1f} s.",
+        number=f"Continuous batching: {number(num_tokens / continuous.seconds)} tokens/s in {continuous.num_steps:,} "
+        f"steps, static {number(num_tokens / static.seconds)} in {static.num_steps:,}: {number(faster)} times as fast.",
+        broken=f"one request at a time makes {number(num_tokens / single.seconds)} tokens/s and lets a request wait "
+        f"{duration(mean(single.waits))} on average, against {duration(mean(continuous.waits))}.",
         tables=[_table(ways, num_tokens, hf_seconds, width)],
         figure=_draw(ways),
         code=(Scheduler.schedule, Scheduler.remove, EngineCore.step),
-        notes=[f"Requests of {', '.join(map(str, output_lens))} output tokens, {width} at a time."],
+        notes=[f"{_described(output_lens)}, {width} at a time."],
     )
 
 
@@ -92,19 +94,30 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def _described(output_lens: Sequence[int]) -> str:
+    if len(output_lens) <= _MAX_LISTED:
+        return f"Requests of {', '.join(map(str, output_lens))} output tokens"
+    shortest, longest = min(output_lens), max(output_lens)
+    return (
+        f"{len(output_lens)} requests of {shortest} to {longest} output tokens, {number(mean(output_lens))} on average"
+    )
+
+
 def _table(ways: Sequence[Schedule], num_tokens: int, hf_seconds: float, width: int) -> Rows:
+    unit = fitting(TIME, [mean(way.waits) for way in ways])
     rows = [
         (
             way.name,
-            f"{num_tokens / way.seconds:.1f}",
-            f"{way.num_steps}",
-            f"{num_tokens / way.num_steps:.1f}",
-            f"{mean(way.waits):.2f}",
+            number(num_tokens / way.seconds),
+            f"{way.num_steps:,}",
+            number(num_tokens / way.num_steps),
+            unit.text(mean(way.waits)),
         )
         for way in ways
     ]
-    rows.insert(0, (f"Hugging Face generate(), batches of {width}", f"{num_tokens / hf_seconds:.1f}", "", "", ""))
-    return Rows("The same work", ("way", "tokens/s", "steps", "tokens per step", "mean wait for a token, s"), rows)
+    rows.insert(0, (f"Hugging Face generate(), batches of {width}", number(num_tokens / hf_seconds), "", "", ""))
+    columns = ("way", "tokens/s", "steps", "tokens per step", f"mean wait for a token, {unit.name}")
+    return Rows("The same work", columns, rows)
 
 
 def _draw(ways: Sequence[Schedule]) -> "Figure":
@@ -113,7 +126,9 @@ def _draw(ways: Sequence[Schedule]) -> "Figure":
     for axes, way, color in zip(plots, ways, COLORS, strict=False):
         lengths = [end - begin + 1 for begin, end in way.spans]
         axes.barh(range(len(lengths)), lengths, left=[begin for begin, _ in way.spans], color=color, height=0.8)
-        axes.set(xlim=(0, last + 1), ylabel="request", title=f"{way.name}: {way.num_steps} steps, {way.seconds:.1f} s")
+        axes.set(
+            xlim=(0, last + 1), ylabel="request", title=f"{way.name}: {way.num_steps:,} steps, {duration(way.seconds)}"
+        )
         axes.invert_yaxis()
     plots[-1].set_xlabel("step of the engine")
     return figure

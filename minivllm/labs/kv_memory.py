@@ -15,6 +15,7 @@ from minivllm.labs.findings import Findings, Rows
 from minivllm.labs.workbench import Workbench
 from minivllm.plots import COLORS, new_figure
 from minivllm.sampling_params import SamplingParams
+from minivllm.units import MEMORY, fitting, number, quantity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,16 +41,16 @@ def run(bench: Workbench) -> Findings:
     rows = [
         ("bytes per token, from the configuration", f"{computed:,}"),
         ("bytes per token, of the pool's tensors", f"{per_token:,.0f}"),
-        ("weights", f"{weights / 1e6:,.1f} MB"),
-        (f"{num_requests} requests of {prompt_len} tokens", f"{used / 1e6:,.2f} MB"),
-        ("one request of 1,024 tokens", f"{1024 * per_token / 1e6:,.1f} MB"),
+        ("weights", quantity(weights, MEMORY)),
+        (f"{num_requests} requests of {prompt_len} tokens", quantity(used, MEMORY)),
+        ("one request of 1,024 tokens", quantity(1024 * per_token, MEMORY)),
         ("tokens whose K/V weigh as much as the weights", f"{int(weights / per_token):,}"),
     ]
     return Findings(
         number=f"A token costs {per_token:,.0f} bytes of KV cache; {int(weights / per_token):,} tokens weigh as "
-        f"much as the model ({weights / 1e6:,.0f} MB).",
-        broken=f"with blocks of {size} tokens the same {num_requests} requests hold {wasted / 1e6:,.1f} MB instead of "
-        f"{used / 1e6:,.1f} MB, {wasted / used:.1f} times as much: each holds whole blocks.",
+        f"much as the model ({quantity(weights, MEMORY)}).",
+        broken=f"with blocks of {size} tokens the same {num_requests} requests hold {quantity(wasted, MEMORY)} instead "
+        f"of {quantity(used, MEMORY)}, {number(wasted / used)} times as much: each holds whole blocks.",
         tables=[Rows("Memory", ("what", "value"), rows)],
         figure=_draw(growth, broken, size, weights, per_token),
         code=(KVPool, KVCacheManager.allocate_prefill, KVCacheManager.append_slot, BlockPool.allocate),
@@ -96,18 +97,22 @@ def _prefill(engine: EngineCore, num_decoding: int) -> None:
 
 def _draw(growth: Growth, broken: Growth, size: int, weights: int, per_token: float) -> "Figure":
     figure, (top, bottom) = new_figure(2, height=2.9)
+    unit, whole = fitting(MEMORY, [growth[-1][1], broken[-1][1]]), fitting(MEMORY, [2 * weights])
     for points, color, label in ((growth, COLORS[0], "small blocks"), (broken, COLORS[1], f"blocks of {size} tokens")):
-        tokens, held = [tokens for tokens, _ in points], [held / 1e6 for _, held in points]
+        tokens, held = [tokens for tokens, _ in points], [held / unit.size for _, held in points]
         top.plot(tokens, held, "o-", color=color, label=label, markersize=3)
-    top.plot(
-        [0, growth[-1][0]], [0, growth[-1][0] * per_token / 1e6], ":", color="black", label="tokens × bytes per token"
+    last = growth[-1][0]
+    top.plot([0, last], [0, last * per_token / unit.size], ":", color="black", label="tokens × bytes per token")
+    top.set(
+        xlabel="tokens of live requests", ylabel=f"{unit.name} of blocks held", title="Measured while requests come"
     )
-    top.set(xlabel="tokens of live requests", ylabel="MB of blocks held", title="Measured while requests come")
     crossing = weights / per_token
-    bottom.plot([0, 2 * crossing], [0, 2 * weights / 1e6], color=COLORS[0], label="KV cache")
-    bottom.axhline(weights / 1e6, color=COLORS[2], label="weights")
+    bottom.plot([0, 2 * crossing], [0, 2 * weights / whole.size], color=COLORS[0], label="KV cache")
+    bottom.axhline(weights / whole.size, color=COLORS[2], label="weights")
     bottom.axvline(crossing, color="black", linewidth=0.7, linestyle=":")
-    bottom.set(xlabel="tokens in the cache", ylabel="MB", title=f"As heavy as the model at {crossing:,.0f} tokens")
+    bottom.set(
+        xlabel="tokens in the cache", ylabel=whole.name, title=f"As heavy as the model at {crossing:,.0f} tokens"
+    )
     for axes in (top, bottom):
         axes.legend(frameon=False)
     return figure

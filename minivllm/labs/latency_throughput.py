@@ -11,6 +11,7 @@ from minivllm.labs.workbench import Workbench
 from minivllm.plots import COLORS, new_figure
 from minivllm.simulate.metrics import Metrics
 from minivllm.simulate.trace import TraceShape, make_trace
+from minivllm.units import duration, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +45,7 @@ def run(bench: Workbench) -> Findings:
     rates = []
     for fraction in fractions:
         trace = make_trace(shape.at_rate(fraction * capacity))
-        text = f"{fraction * capacity:.2f} requests/s"
+        text = f"{number(fraction * capacity)} requests/s"
         rates.append(Load(fraction * capacity, bench.watch.run(text, partial(bench.observe, engine, trace))))
     alone = bench.engine(max_num_seqs=1, enable_prefix_caching=False)
     middle = rates[len(rates) // 2]
@@ -52,12 +53,15 @@ def run(bench: Workbench) -> Findings:
     best = knee(batches)
     single = batches[0].metrics
     return Findings(
-        number=f"The knee is at a batch of {best.size:.0f}: {best.metrics.tokens_per_second:.0f} tokens/s at "
-        f"{best.metrics.itl.p50:.0f} ms between tokens; one request alone gets {single.tokens_per_second:.0f} tokens/s "
-        f"at {single.itl.p50:.0f} ms.",
-        broken=f"at {middle.size:.2f} requests/s without batching the median TTFT is {broken.ttft.p50:,.0f} ms "
-        f"instead of {middle.metrics.ttft.p50:,.0f} ms.",
-        tables=[_table("Batches: all at once", "requests", batches), _table("Arrivals: Poisson", "requests/s", rates)],
+        number=f"The knee is at a batch of {best.size:.0f}: {number(best.metrics.tokens_per_second)} tokens/s at "
+        f"{duration(best.metrics.itl.p50 / 1000)} between tokens; one request alone gets "
+        f"{number(single.tokens_per_second)} tokens/s at {duration(single.itl.p50 / 1000)}.",
+        broken=f"at {number(middle.size)} requests/s without batching the median TTFT is "
+        f"{duration(broken.ttft.p50 / 1000)} instead of {duration(middle.metrics.ttft.p50 / 1000)}.",
+        tables=[
+            _table("Batches: all at once", "requests", [f"{size:,}" for size in sizes], batches),
+            _table("Arrivals: Poisson", "requests/s", [number(load.size) for load in rates], rates),
+        ],
         figure=_draw(batches, rates, best),
         code=(Scheduler.schedule, EngineCore.step),
         notes=[f"Prompts of {_PROMPT_LEN} tokens, {output_len} output tokens. The knee has the most tokens/s per ITL."],
@@ -69,15 +73,15 @@ def knee(loads: Sequence[Load]) -> Load:
     return max(loads, key=lambda load: load.metrics.tokens_per_second / max(load.metrics.itl.p50, 1e-9))
 
 
-def _table(title: str, unit: str, loads: Sequence[Load]) -> Rows:
+def _table(title: str, unit: str, names: Sequence[str], loads: Sequence[Load]) -> Rows:
     rows = [
         (
-            f"{load.size:.3g}",
-            f"{load.metrics.tokens_per_second:.1f}",
-            f"{load.metrics.ttft.p50:,.0f} / {load.metrics.ttft.p99:,.0f}",
-            f"{load.metrics.itl.p50:.1f} / {load.metrics.itl.p99:.1f}",
+            name,
+            number(load.metrics.tokens_per_second),
+            f"{number(load.metrics.ttft.p50)} / {number(load.metrics.ttft.p99)}",
+            f"{number(load.metrics.itl.p50)} / {number(load.metrics.itl.p99)}",
         )
-        for load in loads
+        for name, load in zip(names, loads, strict=True)
     ]
     return Rows(title, (unit, "tokens/s", "TTFT p50 / p99, ms", "ITL p50 / p99, ms"), rows)
 

@@ -15,6 +15,7 @@ from minivllm.simulate.engine import Policy
 from minivllm.simulate.metrics import Metrics
 from minivllm.simulate.run import simulate
 from minivllm.simulate.trace import TraceShape, make_trace
+from minivllm.units import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,10 +44,10 @@ def run(bench: Workbench) -> Findings:
     slots = found[-1]
     return Findings(
         number=f"Blocks of 16 tokens waste {100 * sixteen.waste:.1f} % of the memory given out and run "
-        f"{sixteen.mean_running:.0f} requests at once.",
+        f"{number(sixteen.mean_running)} requests at once.",
         broken=f"contiguous slots of {_CONTEXT} tokens waste {100 * slots.waste:.0f} %, so that the same memory runs "
-        f"{slots.mean_running:.0f} requests at once and makes {slots.metrics.tokens_per_second:.0f} tokens/s "
-        f"instead of {sixteen.metrics.tokens_per_second:.0f}.",
+        f"{number(slots.mean_running)} requests at once and makes {number(slots.metrics.tokens_per_second)} tokens/s "
+        f"instead of {number(sixteen.metrics.tokens_per_second)}.",
         tables=[_table(found)],
         figure=_draw(found),
         code=(KVCacheManager, KVCacheManager.append_slot, BlockPool.allocate),
@@ -80,8 +81,8 @@ def _table(found: Sequence[Paged]) -> Rows:
         (
             f"{each.block_size:,}",
             f"{100 * each.waste:.1f}",
-            f"{each.mean_running:.1f}",
-            f"{each.metrics.tokens_per_second:.0f}",
+            number(each.mean_running),
+            number(each.metrics.tokens_per_second),
             str(each.metrics.num_preemptions),
         )
         for each in found

@@ -13,6 +13,7 @@ from minivllm.bench.offline.passes import PassTimer
 from minivllm.labs.findings import Findings, Rows
 from minivllm.labs.workbench import Workbench
 from minivllm.plots import COLORS, new_figure
+from minivllm.units import ARITHMETIC, BANDWIDTH, TIME, duration, fitting, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +30,10 @@ class Point(NamedTuple):
     seconds: float
     flops: float
     num_bytes: float
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.seconds / self.num_tokens
 
     @property
     def intensity(self) -> float:
@@ -48,17 +53,18 @@ def run(bench: Workbench) -> Findings:
     broken = bench.watch.run("the same in small chunks", lambda: PassTimer(chunked, 1).prefill([longest]).seconds)
     prefill = next(point for point in points if point.kind == "prefill" and point.num_tokens == longest)
     decode = next(point for point in points if point.kind == "decode" and point.num_tokens == 1)
-    ratio = (decode.seconds / 1) / (prefill.seconds / longest)
+    ratio = decode.seconds_per_token / prefill.seconds_per_token
     return Findings(
-        number=f"A token costs {1000 * prefill.seconds / longest:.2f} ms in a prefill of {longest} and "
-        f"{1000 * decode.seconds:.1f} ms in a decode pass of its own: {ratio:.0f} times as much.",
-        broken=f"a prompt of {longest} tokens in chunks of {_CHUNK} takes {broken:.2f} s instead of "
-        f"{prefill.seconds:.2f} s, {broken / prefill.seconds:.1f} times as long: the weights are read for every chunk.",
+        number=f"A token costs {duration(prefill.seconds_per_token)} in a prefill of {longest} and "
+        f"{duration(decode.seconds_per_token)} in a decode pass of its own: {number(ratio)} times as much.",
+        broken=f"a prompt of {longest} tokens in chunks of {_CHUNK} takes {duration(broken)} instead of "
+        f"{duration(prefill.seconds)}, {number(broken / prefill.seconds)} times as long: the weights are read for "
+        "every chunk.",
         tables=[_table(points)],
         figure=_draw(points, ceilings),
         code=(ModelRunner.run_prefill, ModelRunner.run_decode, Scheduler.schedule),
         notes=[
-            f"Roofline: {ceilings.bytes_per_second / 1e9:.0f} GB/s, {ceilings.flops_per_second / 1e9:,.0f} GFLOP/s.",
+            f"Roofline: {ceilings}.",
             "Operations and bytes are the least that the model's shape allows.",
         ],
     )
@@ -83,36 +89,45 @@ def _measure(bench: Workbench, engine: EngineCore, cost: ModelCost) -> list[Poin
 
 
 def _table(points: list[Point]) -> Rows:
+    time = fitting(TIME, [point.seconds for point in points])
+    per_token = fitting(TIME, [point.seconds_per_token for point in points])
+    arithmetic = fitting(ARITHMETIC, [point.flops / point.seconds for point in points])
+    bandwidth = fitting(BANDWIDTH, [point.num_bytes / point.seconds for point in points])
     rows = [
         (
             f"{point.kind} of {point.num_tokens}",
-            f"{1000 * point.seconds:.1f}",
-            f"{1000 * point.seconds / point.num_tokens:.2f}",
-            f"{point.intensity:.1f}",
-            f"{point.flops / point.seconds / 1e9:.1f}",
-            f"{point.num_bytes / point.seconds / 1e9:.1f}",
+            time.text(point.seconds),
+            per_token.text(point.seconds_per_token),
+            number(point.intensity),
+            arithmetic.text(point.flops / point.seconds),
+            bandwidth.text(point.num_bytes / point.seconds),
         )
         for point in points
     ]
-    return Rows("Passes", ("pass", "ms", "ms per token", "FLOP per byte", "GFLOP/s", "GB/s"), rows)
+    columns = ("pass", time.name, f"{per_token.name} per token", "FLOP per byte", arithmetic.name, bandwidth.name)
+    return Rows("Passes", columns, rows)
 
 
 def _draw(points: list[Point], ceilings: Ceilings) -> "Figure":
     figure, (left, right) = new_figure(2)
+    time = fitting(TIME, [point.seconds_per_token for point in points])
+    arithmetic = fitting(ARITHMETIC, [ceilings.flops_per_second])
     for kind, color in (("prefill", COLORS[0]), ("decode", COLORS[1])):
         own = [point for point in points if point.kind == kind]
         sizes = [point.num_tokens for point in own]
-        left.plot(sizes, [1000 * point.seconds / point.num_tokens for point in own], "o-", color=color, label=kind)
-        speeds = [point.flops / point.seconds / 1e9 for point in own]
+        left.plot(sizes, [point.seconds_per_token / time.size for point in own], "o-", color=color, label=kind)
+        speeds = [point.flops / point.seconds / arithmetic.size for point in own]
         right.plot([point.intensity for point in own], speeds, "o", color=color, label=kind)
-    left.set(xscale="log", yscale="log", xlabel="tokens in the pass", ylabel="ms per token", title="Time per token")
+    left.set(xscale="log", yscale="log", xlabel="tokens in the pass", title="Time per token")
+    left.set_ylabel(f"{time.name} per token")
     ridge = ceilings.flops_per_second / ceilings.bytes_per_second
     low, high = min(point.intensity for point in points) / 2, max(ridge, *(point.intensity for point in points)) * 2
-    roof = [low * ceilings.bytes_per_second / 1e9, ceilings.flops_per_second / 1e9, ceilings.flops_per_second / 1e9]
-    right.plot([low, ridge, high], roof, color="black", linewidth=1, label="roofline")
-    right.set(
-        xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s", title="Where bytes or arithmetic limit"
+    roof = [low * ceilings.bytes_per_second, ceilings.flops_per_second, ceilings.flops_per_second]
+    right.plot(
+        [low, ridge, high], [flops / arithmetic.size for flops in roof], color="black", linewidth=1, label="roofline"
     )
+    right.set(xscale="log", yscale="log", xlabel="FLOP per byte", title="Where bytes or arithmetic limit")
+    right.set_ylabel(arithmetic.name)
     for axes in (left, right):
         axes.legend(frameon=False)
     return figure

@@ -12,6 +12,7 @@ from minivllm.labs.workbench import Workbench
 from minivllm.plots import COLORS, new_figure
 from minivllm.sampling_params import SamplingParams
 from minivllm.simulate.drive import WallClock
+from minivllm.units import TIME, duration, fitting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def run(bench: Workbench) -> Findings:
     hit, miss = found[name, "cache"], found[name, "no cache"]
     return Findings(
         number=f"With a shared system prompt {100 * hit.hit_rate:.0f} % of the prompt tokens are found, and the "
-        f"first token comes after {1000 * hit.ttft:.0f} ms instead of {1000 * miss.ttft:.0f} ms.",
+        f"first token comes after {duration(hit.ttft)} instead of {duration(miss.ttft)}.",
         broken=f"without the cache every prompt is computed whole; in a pool too small for four prompts in turn "
         f"{100 * found['in turn', 'small pool'].hit_rate:.0f} % are found instead of "
         f"{100 * found['in turn', 'cache'].hit_rate:.0f} %: what was evicted is computed again.",
@@ -103,17 +104,18 @@ def _table(
         cells = [f"{len(prompts)} × {len(prompts[-1])}"]
         for where in engines:
             shared = found[name, where]
-            cells.append(f"{1000 * shared.ttft:.0f} ms, {100 * shared.hit_rate:.0f} %, {shared.num_blocks}")
+            cells.append(f"{duration(shared.ttft)}, {100 * shared.hit_rate:.0f} %, {shared.num_blocks}")
         rows.append((name, *cells))
     return Rows("TTFT, hit rate, blocks that hold content in the end", ("workload", "prompts", *engines), rows)
 
 
 def _draw(names: Sequence[str], wheres: Sequence[str], found: dict[tuple[str, str], Shared]) -> "Figure":
     figure, (axes,) = new_figure()
+    unit = fitting(TIME, [shared.ttft for shared in found.values()])
     for index, (where, color) in enumerate(zip(wheres, COLORS, strict=False)):
         places = [place + 0.27 * (index - 1) for place in range(len(names))]
-        axes.bar(places, [1000 * found[name, where].ttft for name in names], 0.25, color=color, label=where)
+        axes.bar(places, [found[name, where].ttft / unit.size for name in names], 0.25, color=color, label=where)
     axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="mean TTFT after the first prompt, ms", title="What is found need not be computed")
+    axes.set(ylabel=f"mean TTFT after the first prompt, {unit.name}", title="What is found need not be computed")
     axes.legend(frameon=False)
     return figure

@@ -13,6 +13,7 @@ from minivllm.plots import COLORS, new_figure
 from minivllm.sampling_params import SamplingParams
 from minivllm.simulate.drive import WallClock
 from minivllm.simulate.metrics import Metrics
+from minivllm.units import TIME, duration, fitting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,11 +47,12 @@ def run(bench: Workbench) -> Findings:
     best, worst = stalls[0], stalls[-1]
     return Findings(
         number=f"While a prompt of {prompt_len} tokens is computed, the longest gap in a running stream is "
-        f"{1000 * best.worst:.0f} ms with chunks of {best.chunk} tokens and {1000 * worst.worst:.0f} ms with one chunk "
+        f"{duration(best.worst)} with chunks of {best.chunk} tokens and {duration(worst.worst)} with one chunk "
         f"of {worst.chunk}.",
-        broken=f"in one chunk everybody else stands still for {worst.worst:.1f} s (the prompt itself answers after "
-        f"{worst.first_token:.1f} s, in the smallest chunks after {best.first_token:.1f} s); in a pool of a third of "
-        f"the size {tiny.num_preemptions} preemptions stretch {roomy.seconds:.1f} to {tiny.seconds:.1f} s.",
+        broken=f"in one chunk everybody else stands still for {duration(worst.worst)} (the prompt itself answers after "
+        f"{duration(worst.first_token)}, in the smallest chunks after {duration(best.first_token)}); in a pool of a "
+        f"third of the size {tiny.num_preemptions} preemptions stretch {duration(roomy.seconds)} to "
+        f"{duration(tiny.seconds)}.",
         tables=[_chunk_table(stalls), _pool_table(roomy, tiny)],
         figure=_draw(stalls),
         code=(Scheduler.schedule, Scheduler._schedule_prefill, Scheduler._append_slot, Scheduler._preempt),  # noqa: SLF001
@@ -103,33 +105,41 @@ def _crowd(bench: Workbench) -> tuple[Metrics, Metrics]:
 
 def _chunk_table(stalls: Sequence[Stalls]) -> Rows:
     rows = []
+    gap_unit = fitting(TIME, [each.worst for each in stalls])
+    ttft_unit = fitting(TIME, [each.first_token for each in stalls])
     for each in stalls:
         gaps = sorted(gap for _, gap in each.gaps)
-        middle = f"{1000 * gaps[len(gaps) // 2]:.0f}"
-        rows.append((str(each.chunk), middle, f"{1000 * each.worst:.0f}", f"{each.first_token:.2f}"))
-    columns = ("tokens in a chunk", "ITL p50, ms", "longest gap, ms", "the long prompt's TTFT, s")
+        middle = gap_unit.text(gaps[len(gaps) // 2])
+        rows.append((str(each.chunk), middle, gap_unit.text(each.worst), ttft_unit.text(each.first_token)))
+    gap, ttft = gap_unit.name, ttft_unit.name
+    columns = ("tokens in a chunk", f"ITL p50, {gap}", f"longest gap, {gap}", f"the long prompt's TTFT, {ttft}")
     return Rows("A long prompt arrives", columns, rows)
 
 
 def _pool_table(roomy: Metrics, tiny: Metrics) -> Rows:
+    unit = fitting(TIME, [roomy.seconds, tiny.seconds])
     rows = [
         (
             name,
-            f"{metrics.seconds:.1f}",
+            unit.text(metrics.seconds),
             str(metrics.num_preemptions),
-            f"{metrics.e2e.p50 / 1000:.1f} / {metrics.e2e.p99 / 1000:.1f}",
+            f"{unit.text(metrics.e2e.p50 / 1000)} / {unit.text(metrics.e2e.p99 / 1000)}",
         )
         for name, metrics in (("all fit", roomy), ("a third fits", tiny))
     ]
-    return Rows("The same requests, first come first served", ("pool", "s", "preemptions", "E2E p50 / p99, s"), rows)
+    columns = ("pool", unit.name, "preemptions", f"E2E p50 / p99, {unit.name}")
+    return Rows("The same requests, first come first served", columns, rows)
 
 
 def _draw(stalls: Sequence[Stalls]) -> "Figure":
     figure, (axes,) = new_figure()
+    unit = fitting(TIME, [each.worst for each in stalls])
+    since = fitting(TIME, [each.gaps[-1][0] for each in stalls])
     for each, color in zip(stalls, COLORS, strict=False):
-        times, gaps = [time for time, _ in each.gaps], [1000 * gap for _, gap in each.gaps]
+        times, gaps = [time / since.size for time, _ in each.gaps], [gap / unit.size for _, gap in each.gaps]
         axes.plot(times, gaps, "o-", color=color, label=f"chunks of {each.chunk}", markersize=3)
-    axes.set(xlabel="seconds", ylabel="ms since the token before", title="One running stream while a long prompt comes")
+    axes.set(xlabel=since.name, ylabel=f"{unit.name} since the token before")
+    axes.set_title("One running stream while a long prompt comes")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return figure

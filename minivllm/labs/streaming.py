@@ -29,11 +29,13 @@ from minivllm.model_store import resolve_tokenizer
 from minivllm.plots import COLORS, new_figure
 from minivllm.protocol import Outputs, decode_from_engine, encode
 from minivllm.sampling_params import SamplingParams
+from minivllm.units import TIME, duration, fitting, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STEP_SECONDS = re.compile(r'^minivllm:step_seconds_(sum|count)\{.*kind="decode".*\} (\S+)$', re.MULTILINE)
+_OVERLAP = "While a token is on its way to the client, the engine runs the next pass."
 
 
 class Served(NamedTuple):
@@ -42,6 +44,14 @@ class Served(NamedTuple):
     streamed: list[float]
     whole: float
     decode_pass: float
+
+
+class Way(NamedTuple):
+    """Seconds of each part of a token's way, and what the sheet says of their sum."""
+
+    parts: dict[str, float]
+    sentence: str
+    notes: list[str]
 
 
 def run(bench: Workbench) -> Findings:
@@ -54,18 +64,32 @@ def run(bench: Workbench) -> Findings:
     parts = bench.watch.run("the parts of the way", lambda: _parts(tokenizer))
     first, last = served.streamed[0], served.streamed[-1]
     mean = (last - first) / (num_tokens - 1)
-    parts = {"forward pass and sampling": served.decode_pass, **parts}
-    parts["sockets, event loops, the rest"] = max(0.0, mean - sum(parts.values()))
-    on_the_way = 1e6 * (mean - served.decode_pass)
+    way = account(served.decode_pass, parts, mean)
     return Findings(
-        number=f"A token comes every {1000 * mean:.1f} ms; {1000 * served.decode_pass:.1f} ms of it are the forward "
-        f"pass, {on_the_way:,.0f} µs everything after it.",
-        broken=f"without streaming the first text comes after {served.whole:.2f} s instead of {first:.2f} s, "
-        f"{served.whole / first:.0f} times as late; the last token comes at the same time.",
-        tables=[_part_table(parts, mean), _buffer_table(served.streamed)],
-        figure=_draw(parts, served.streamed),
+        number=f"A token comes every {duration(mean)}; {way.sentence}",
+        broken=f"without streaming the first text comes after {duration(served.whole)} instead of {duration(first)}, "
+        f"{number(served.whole / first)} times as late; the last token comes at the same time.",
+        tables=[_part_table(way.parts, mean), _buffer_table(served.streamed)],
+        figure=_draw(way.parts, served.streamed),
         code=(EngineServer, OutputStream, IncrementalDetokenizer.add, sse.send_events),
-        notes=[f"One request of {num_tokens} tokens, streamed over HTTP from a server of its own."],
+        notes=[f"One request of {num_tokens} tokens, streamed over HTTP from a server of its own.", *way.notes],
+    )
+
+
+def account(decode_pass: float, after: dict[str, float], mean: float) -> Way:
+    """Compare the parts with `mean`, the time between two tokens: what is missing is the rest, or some overlap."""
+    parts = {"forward pass and sampling": decode_pass, **after}
+    rest = mean - sum(parts.values())
+    if rest >= 0:
+        sentence = (
+            f"{duration(decode_pass)} of it are the forward pass, {duration(mean - decode_pass)} everything after it."
+        )
+        return Way(parts | {"sockets, event loops, the rest": rest}, sentence, [])
+    after_it = duration(sum(after.values()))
+    return Way(
+        parts,
+        f"a forward pass takes {duration(decode_pass)}, and the {after_it} after it overlap with the next one.",
+        [f"The parts sum to {duration(-rest)} more than the time between two tokens: they overlap. {_OVERLAP}"],
     )
 
 
@@ -148,17 +172,19 @@ def _seconds(*steps: Callable[[], object], repeats: int = 2000) -> float:
 
 
 def _part_table(parts: dict[str, float], mean: float) -> Rows:
-    rows = [(name, f"{1e6 * seconds:,.1f}", f"{100 * seconds / mean:.2f}") for name, seconds in parts.items()]
+    rows = [(name, number(1e6 * seconds), number(100 * seconds / mean)) for name, seconds in parts.items()]
     return Rows("One token's way", ("part", "µs", "% of the time between tokens"), rows)
 
 
 def _buffer_table(streamed: Sequence[float]) -> Rows:
     rows = []
+    unit = fitting(TIME, streamed)
     for size in (1, 4, 16, len(streamed)):
         shown = buffered(streamed, size)
         gaps = [after - before for before, after in itertools.pairwise(shown)]
-        rows.append((str(size), f"{shown[0]:.2f}", f"{max(gaps, default=0.0):.2f}"))
-    return Rows("Had somebody on the way buffered", ("tokens together", "first text, s", "longest silence, s"), rows)
+        rows.append((str(size), unit.text(shown[0]), unit.text(max(gaps)) if gaps else ""))
+    columns = ("tokens together", f"first text, {unit.name}", f"longest silence after it, {unit.name}")
+    return Rows("Had somebody on the way buffered", columns, rows)
 
 
 def buffered(streamed: Sequence[float], size: int) -> list[float]:
@@ -174,11 +200,12 @@ def _draw(parts: dict[str, float], streamed: Sequence[float]) -> "Figure":
     names = list(parts)[::-1]
     top.barh(names, [max(1e6 * parts[name], 0.1) for name in names], color=COLORS[0])
     top.set(xscale="log", xlabel="µs per token", title="Where a token's time goes")
+    unit = fitting(TIME, streamed)
     for size, color in zip((1, 16, len(streamed)), COLORS, strict=False):
         shown = buffered(streamed, size)
         counts: Sequence[int] = [min(size * (index + 1), len(streamed)) for index in range(len(shown))]
         label = "streamed" if size == 1 else f"{size} tokens together"
-        bottom.step([0.0, *shown], [0, *counts], where="post", color=color, label=label)
-    bottom.set(xlabel="seconds", ylabel="tokens on the screen", title="What buffering would do")
+        bottom.step([0.0, *(time / unit.size for time in shown)], [0, *counts], where="post", color=color, label=label)
+    bottom.set(xlabel=unit.name, ylabel="tokens on the screen", title="What buffering would do")
     bottom.legend(frameon=False)
     return figure

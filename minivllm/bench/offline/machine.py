@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from minivllm import __version__
+from minivllm.units import ARITHMETIC, BANDWIDTH, quantity
 
 _COPY_BYTES = 1 << 30  # far beyond any cache
 _READ_BYTES = 1 << 28
@@ -25,6 +26,9 @@ class Ceilings:
 
     bytes_per_second: float  # a GPU copies (read + write); a CPU reads with all threads
     flops_per_second: float  # a large matrix product in the model's number format
+
+    def __str__(self) -> str:
+        return f"{quantity(self.bytes_per_second, BANDWIDTH)}, {quantity(self.flops_per_second, ARITHMETIC)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,8 +82,7 @@ class Report:
             parts.append(_stage_table(self.stages))
         lines = [str(self.machine)]
         if self.ceilings is not None:
-            bandwidth, flops = self.ceilings.bytes_per_second / 1e9, self.ceilings.flops_per_second / 1e12
-            lines.append(f"measured ceilings: {bandwidth:,.0f} GB/s, {flops:,.3g} TFLOP/s")
+            lines.append(f"measured ceilings: {self.ceilings}")
         return Group(*parts, Text("\n".join([*lines, *self.notes])))
 
 

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from minivllm.bench.serving.options import Point
 from minivllm.bench.serving.summary import PERCENTILES, Distribution, Summary
+from minivllm.units import number
 
 _MAX_ERRORS = 5  # different messages that are shown
 
@@ -51,7 +52,7 @@ def _latencies(summary: Summary) -> Table:
     for name in ("ttft", "itl", "tpot", "e2e"):
         latency: Distribution = getattr(summary, name)
         values = (latency.mean, *latency.percentiles.values(), latency.max)
-        table.add_row(name.upper(), *map(_milliseconds, values))
+        table.add_row(name.upper(), *map(number, values))
     return table
 
 
@@ -87,8 +88,4 @@ def _notes(summaries: Sequence[Summary]) -> list[str]:
 
 
 def _pair(latency: Distribution) -> str:
-    return f"{_milliseconds(latency.percentiles[50])} / {_milliseconds(latency.percentiles[99])}"
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{number(latency.percentiles[50])} / {number(latency.percentiles[99])}"

@@ -38,7 +38,7 @@ def test_everything_is_shown_and_written() -> None:
         "25",
         "2.5",
         "NVIDIA X",
-        "4,300 GB/s",
+        "4.30 TB/s",
         "a note",
         "gemm[128]",
         "loading",

@@ -1,4 +1,4 @@
-"""The statistics line: rates of its interval, silence when nothing happens."""
+"""The seconds of a pass; and the statistics line: rates of its interval, silence when nothing happens."""
 
 import time
 
@@ -6,6 +6,23 @@ import pytest
 
 from engine_core.stats import StatsLine
 from minivllm.protocol import EngineStats
+from minivllm.simulate.engine import Policy, VirtualClock, make_simulated_engine
+from tests.support.cost_models import cost_model
+from tests.support.engines import assert_idle, greedy, run_to_end
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_pass_counts_for_the_time_that_it_has_the_device(depth: int) -> None:
+    clock = VirtualClock()
+    engine = make_simulated_engine(cost_model(depth=depth), Policy(), clock)
+    for name in ("a", "b"):
+        engine.add_request(name, [1] * 10, greedy(9))
+        run_to_end(engine)
+        clock.wait_until(clock() + 60)  # nobody has the device meanwhile
+    histograms = engine.stats().histograms
+    assert histograms["step_seconds_prefill"].sum == pytest.approx(2 * 0.010)
+    assert histograms["step_seconds_decode"].sum == pytest.approx(2 * 8 * 0.010)
+    assert_idle(engine)
 
 
 def test_line_shows_rates_of_the_interval_and_idle_engines_say_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from minivllm.errors import StartupError
 from minivllm.labs.catalogue import LABS
 from minivllm.labs.devices import Devices
 from minivllm.labs.sheet import code_reference
+from minivllm.labs.streaming import account
 from minivllm.sampling_params import SamplingParams
 from tests.support.models import TinyModels, hf_greedy
 
@@ -49,6 +50,19 @@ def test_the_streaming_lab_measures_a_real_server(sheets: Path) -> None:
         name: float(us.replace(",", "")) for name, us in re.findall(r"^\| ([^|]+) \| ([\d,.]+) \|", sheet, re.MULTILINE)
     }
     assert parts["forward pass and sampling"] > parts["detokenizer"] > 0
+
+
+def test_the_parts_of_a_tokens_way_fill_the_time_between_two_tokens_or_overlap() -> None:
+    apart = account(0.040, {"wire": 0.001, "event": 0.002}, mean=0.045)
+    assert sum(apart.parts.values()) == pytest.approx(0.045)
+    assert (apart.sentence, apart.notes) == (
+        "40.0 ms of it are the forward pass, 5.00 ms everything after it.",
+        [],
+    )
+    beside = account(0.001, {"wire": 4e-6, "event": 2e-6}, mean=0.001)
+    assert list(beside.parts) == ["forward pass and sampling", "wire", "event"]
+    assert "6.00 µs after it overlap with the next one" in beside.sentence
+    assert "sum to 6.00 µs more than the time between two tokens" in beside.notes[0]
 
 
 def test_a_lab_prints_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
