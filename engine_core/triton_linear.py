@@ -22,7 +22,7 @@ _FEW_TOKENS, _PART_TOKENS = 16, 64  # of a program: one part for a handful of to
 _BLOCK_N, _BLOCK_K, _NUM_WARPS = 32, 128, 4
 _MIN_PROGRAMS = 128
 _MAX_INNER = 8192  # of one share
-_MAX_INNER_FEW = 2048  # with few tokens: two programs on a multiprocessor load more at a time
+_WORTH_SPLITTING = 4096  # such a share, where each multiprocessor has but one program: two of them load more at once
 
 
 @triton.jit
@@ -121,8 +121,10 @@ def is_faster(num_tokens: int, weight: Tensor) -> bool:
 def _tiles(num_tokens: int, out_features: int, in_features: int) -> Tiles:
     tokens = _FEW_TOKENS if num_tokens <= _FEW_TOKENS else _PART_TOKENS
     columns, parts = triton.cdiv(out_features, _BLOCK_N), triton.cdiv(num_tokens, tokens)
-    shares, most = 1, _MAX_INNER_FEW if tokens == _FEW_TOKENS else _MAX_INNER
-    while shares < 8 and (columns * parts * shares < _MIN_PROGRAMS or in_features > most * shares):
+    shares = 1
+    while shares < 8 and (columns * parts * shares < _MIN_PROGRAMS or in_features > _MAX_INNER * shares):
+        shares *= 2
+    if tokens == _FEW_TOKENS and columns * shares <= _MIN_PROGRAMS and in_features >= _WORTH_SPLITTING * shares:
         shares *= 2
     return Tiles(tokens, columns, shares, parts)
 
