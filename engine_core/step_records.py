@@ -30,6 +30,7 @@ class StepRecorder:
         self._in_flight: deque[tuple[Batch, StepRecord]] = deque()
         self._last_decode: list[Request] = []
         self._last_handles: list[int] = []
+        self._collected_time = 0.0  # of the last pass
 
     @property
     def recording(self) -> bool:
@@ -71,12 +72,14 @@ class StepRecorder:
                 self.timelines.chunk_done(request, request in sampled, now)
         self.num_changes += 1
         self._num_steps += 1
+        has_device_since, self._collected_time = self._collected_time, now
         if not any(launched is batch for launched, _ in self._in_flight):
             return  # launched while nobody watched
         while (pending := self._in_flight.popleft())[0] is not batch:
             pass  # those before it failed
         record = pending[1]
         record.number, record.collected = self._num_steps, now
+        record.began = max(record.began, has_device_since)
         self.steps.append(record)
 
     def finished(self, request: Request, now: float) -> None:
@@ -122,7 +125,7 @@ class StepRecorder:
         return StepRecord(
             number=0,
             kind=batch.kind,
-            launched=now,
+            began=now,
             num_tokens=batch.num_tokens,
             prefill_queue=len(scheduler.prefill_queue),
             decode_queue=len(scheduler.decode_queue),

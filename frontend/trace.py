@@ -69,7 +69,7 @@ class TraceBuilder:
         view = message.view
         events: list[Event] = []
         if self._start is None:
-            self._start = view.steps[0].launched if view.steps else view.time
+            self._start = view.steps[0].began if view.steps else view.time
         self._last_time = view.time
         for row in view.requests:
             events += self._meet(row)
@@ -106,15 +106,15 @@ class TraceBuilder:
         args: Event = {"step": step.number, "requests": len(requests), "tokens": step.num_tokens}
         if step.waiting_for:
             args["waiting for"] = step.waiting_for
-        events = [_slice(self._engine, _PASSES, step.kind, step.launched, step.collected, args)]
+        events = [_slice(self._engine, _PASSES, step.kind, step.began, step.collected, args)]
         for handle in step.preempted:
-            events += self._turn(handle, "preempted", step.launched)
+            events += self._turn(handle, "preempted", step.began)
         if step.kind == "prefill":
             events += self._chunks(step, requests)
         num_sampled = len(requests) if step.kind == "decode" else len(step.sampled)
         events += [
-            self._counter("batch", step.launched, {"requests": len(requests)}),
-            self._counter("KV blocks", step.launched, {"used": step.blocks_used}),
+            self._counter("batch", step.began, {"requests": len(requests)}),
+            self._counter("KV blocks", step.began, {"used": step.blocks_used}),
             self._counter("tokens/s", step.collected, {"generated": self._rate(step.collected, num_sampled)}),
         ]
         return events
@@ -122,7 +122,7 @@ class TraceBuilder:
     def _chunks(self, step: StepRecord, requests: list[int]) -> list[Event]:
         events, sampled = [], set(step.sampled)
         for handle, start, count in zip(requests, step.starts, step.counts, strict=True):
-            events += self._turn(handle, f"prefill {start}:{start + count}", step.launched)
+            events += self._turn(handle, f"prefill {start}:{start + count}", step.began)
             events += self._turn(handle, "decode" if handle in sampled else "between chunks", step.collected)
         return events
 

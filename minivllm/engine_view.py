@@ -29,7 +29,7 @@ class StepRecord(Struct, array_like=True):
 
     number: int
     kind: Literal["prefill", "decode"]
-    launched: float
+    began: float  # it was launched, and the pass before it was collected: it had the device
     num_tokens: int
     prefill_queue: int  # lengths, when it was launched
     decode_queue: int

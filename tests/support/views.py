@@ -24,15 +24,15 @@ def row(handle: int, request_id: str, **changes: Any) -> RequestRow:
     return RequestRow(handle=handle, request_id=request_id, **values | changes)
 
 
-def prefill(number: int, launched: float, handle: int, start: int, count: int, **changes: Any) -> StepRecord:
+def prefill(number: int, began: float, handle: int, start: int, count: int, **changes: Any) -> StepRecord:
     """A pass of half a second with one chunk of one prompt."""
     values: dict[str, Any] = {"requests": [handle], "starts": [start], "counts": [count], "num_tokens": count}
-    return _step(number, "prefill", launched, **values | changes)
+    return _step(number, "prefill", began, **values | changes)
 
 
-def decode(number: int, launched: float, handles: list[int] | None, **changes: Any) -> StepRecord:
+def decode(number: int, began: float, handles: list[int] | None, **changes: Any) -> StepRecord:
     """A pass of half a second with one token for each of `handles`."""
-    return _step(number, "decode", launched, **{"requests": handles, "num_tokens": len(handles or [1])} | changes)
+    return _step(number, "decode", began, **{"requests": handles, "num_tokens": len(handles or [1])} | changes)
 
 
 def view(time: float, steps: list[StepRecord], requests: list[RequestRow]) -> EngineView:
@@ -41,7 +41,7 @@ def view(time: float, steps: list[StepRecord], requests: list[RequestRow]) -> En
     return EngineView(time, 4, 16, 16, len(requests), 0, 0, 5, 3, steps, requests, blocks)
 
 
-def _step(number: int, kind: Any, launched: float, **changes: Any) -> StepRecord:
+def _step(number: int, kind: Any, began: float, **changes: Any) -> StepRecord:
     values: dict[str, Any] = {
         "prefill_queue": 0,
         "decode_queue": 1,
@@ -52,6 +52,6 @@ def _step(number: int, kind: Any, launched: float, **changes: Any) -> StepRecord
         "sampled": [],
         "started": [],
         "preempted": [],
-        "collected": launched + 0.5,
+        "collected": began + 0.5,
     }
-    return StepRecord(number=number, kind=kind, launched=launched, **values | changes)
+    return StepRecord(number=number, kind=kind, began=began, **values | changes)

@@ -63,7 +63,7 @@ export function drawStages(state, step, isLive, onChoose) {
 
 function passCaption(step, state) {
   if (!step) return "One forward pass of the model at a time, of one kind.";
-  const ms = (1000 * (step.collected - step.launched)).toFixed(0);
+  const ms = (1000 * (step.collected - step.began)).toFixed(0);
   const preempted = step.preempted.length ? ` Preempted ${step.preempted.length}.` : "";
   const waits = step.waiting_for && step.prefill_queue > 0 && state.view.num_waiting > 0 ? ` ${WAITING_FOR[step.waiting_for]}` : "";
   if (step.kind === "prefill") return `${step.num_tokens} prompt tokens share one pass over all weights: ${ms} ms.${preempted}${waits}`;

@@ -37,10 +37,10 @@ export class Timeline {
     context.fillRect(LEFT, 4 + LANE, width - LEFT, 1);
     context.fillRect(LEFT, 10 + 2 * LANE, width - LEFT, 1);
     for (let second = Math.ceil(end - SECONDS); second <= end; second++) context.fillRect(x(second), 4, 1, 6 + 2 * LANE);
-    const visible = steps.filter((step) => step.collected > end - SECONDS && step.launched < end);
+    const visible = steps.filter((step) => step.collected > end - SECONDS && step.began < end);
     const largest = Math.max(4, ...visible.map((step) => (step.kind === "decode" ? step.requests.length : 0)));
     for (const step of visible) {
-      const [left, right] = [Math.max(LEFT, x(step.launched)), Math.max(x(step.launched) + 1.5, x(step.collected) - 0.6)];
+      const [left, right] = [Math.max(LEFT, x(step.began)), Math.max(x(step.began) + 1.5, x(step.collected) - 0.6)];
       this.shown.push({ left, right, step });
       if (step.kind === "prefill") {
         context.fillStyle = prefill;
@@ -76,7 +76,7 @@ function stack(context, left, width, requests, largest) {
 }
 
 function describe(step) {
-  const ms = (1000 * (step.collected - step.launched)).toFixed(1);
+  const ms = (1000 * (step.collected - step.began)).toFixed(1);
   const what = step.kind === "prefill" ? `${step.num_tokens} prompt tokens of` : "one token for each of";
   return `Pass ${step.number}: ${step.kind}, ${ms} ms, ${what} ${step.requests.length} request(s). (engine_core/model_runner.py, run_${step.kind})`;
 }

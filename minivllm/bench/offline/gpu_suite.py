@@ -127,7 +127,7 @@ def full_parts() -> list[Part]:
     compared = ("--warmups", "0", "--repeats", "1", "--compare", "hf", "--compare-max-tokens", "64")
     return [
         Part("parity", (*_PYTEST, *_TESTS), 240),
-        _bench("startup-0.6b", "startup", *small, seconds=90),
+        _bench("startup-0.6b", "startup", *small, seconds=150),
         _bench("latency-0.6b", "latency", *small, seconds=90),
         _bench("throughput-0.6b", "throughput", *small, "--profile", seconds=100),
         _bench("latency-8b", "latency", *large, "--batch-sizes", "1,64", "--repeats", "2", seconds=120),

@@ -1,5 +1,7 @@
 """What is recorded of steps and requests: it must agree with what the engine did, and with its own counts."""
 
+from itertools import pairwise
+
 import pytest
 
 from engine_core import request_timelines
@@ -50,7 +52,8 @@ def test_steps_say_what_was_computed(depth: int) -> None:
     assert sum(2 in (step.requests or []) for step in decodes) == 2
     assert [handle for step in steps for handle in step.started] == [1, 2]
     assert {handle: end for step in steps for handle, end in step.finished.items()} == {1: "length", 2: "length"}
-    assert all(step.launched <= step.collected for step in steps)
+    assert all(step.began <= step.collected for step in steps)
+    assert all(step.collected <= later.began for step, later in pairwise(steps))
     assert_idle(engine)
 
 
