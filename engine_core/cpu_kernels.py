@@ -21,11 +21,14 @@ _WIDTH = 16 if _WIDE else 8  # float32 numbers in a vector; LLVM splits it where
 _NUM_VECTORS = 2
 _MOST_ROWS = 8 if _WIDE else 5  # so many rows' sums fit into the registers, beside a line of the panel
 PANEL = _WIDTH * _NUM_VECTORS
+_AHEAD = 512  # so far, in numbers of 32 bits, memory is read ahead of the arithmetic
 
 _Float, _Int = ir.FloatType(), ir.IntType(64)
 _Vector = ir.VectorType(_Float, _WIDTH)
 _Pairs = ir.VectorType(ir.IntType(32), _WIDTH)
 _FMA = ir.FunctionType(_Vector, [_Vector] * 3)
+_Pointer = ir.IntType(8).as_pointer()
+_PREFETCH = ir.FunctionType(ir.VoidType(), [_Pointer, *[ir.IntType(32)] * 3])
 
 
 class _Emitter:
@@ -35,6 +38,7 @@ class _Emitter:
         self._builder = builder
         self._num_rows = num_rows
         self._load_line = self._load_pairs if in_pairs else self._load_vectors
+        self._prefetches = in_pairs and num_rows > 1  # what goes at the speed of memory anyway does not gain
         self._line = _WIDTH if in_pairs else PANEL
 
     def emit(self, x: Any, panels: Any, panel: Any, bias: Any, y: Any, num_inputs: Any, num_outputs: Any) -> None:
@@ -48,7 +52,10 @@ class _Emitter:
         builder.position_at_end(loop)
         k = builder.phi(_Int)
         sums = [[builder.phi(_Vector) for _ in start] for _ in rows]
-        weights = self._load_line(self.at(first_line, builder.mul(k, _int(self._line))))
+        line = self.at(first_line, builder.mul(k, _int(self._line)))
+        weights = self._load_line(line)
+        if self._prefetches:
+            self._prefetch(self.at(line, _int(_AHEAD)))
         for row, row_sums in zip(rows, sums, strict=True):
             number = self._broadcast(builder.load(self.at(x, builder.mul(num_inputs, _int(row)), k), align=4))
             for total, first, weight in zip(row_sums, start, weights, strict=True):
@@ -82,6 +89,12 @@ class _Emitter:
         lower = self._builder.shl(pairs, ir.Constant(_Pairs, [16] * _WIDTH))
         upper = self._builder.and_(pairs, ir.Constant(_Pairs, [0xFFFF0000] * _WIDTH))
         return [self._builder.bitcast(half, _Vector) for half in (lower, upper)]
+
+    def _prefetch(self, pointer: Any) -> None:
+        name = f"llvm.prefetch.{_Pointer.intrinsic_name}"
+        prefetch = cgutils.get_or_insert_function(self._builder.module, _PREFETCH, name)  # type: ignore[no-untyped-call]
+        to_read, into_all_caches, data = (ir.Constant(ir.IntType(32), value) for value in (0, 3, 1))
+        self._builder.call(prefetch, [self._builder.bitcast(pointer, _Pointer), to_read, into_all_caches, data])
 
     def _broadcast(self, number: Any) -> Any:
         nothing, zero = ir.Constant(_Vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
