@@ -81,6 +81,12 @@ def pack_linears(model: PreTrainedModel) -> int:
     return len(linears)
 
 
+def packed_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all panels in `model`, shared ones counted once."""
+    panels = {module.panels for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)}
+    return sum(each.data.nbytes for each in panels)
+
+
 def _children(model: PreTrainedModel, *kinds: type[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
     """(parent, name, module) of every module of exactly these kinds."""
     for parent in model.modules():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine_core.cpu_linear import PackedEmbedding, PackedLinear, pack_linears
+from engine_core.cpu_linear import PackedEmbedding, PackedLinear, pack_linears, packed_bytes
 from engine_core.cpu_panels import Panels
 from engine_core.fusion import FusedLinear, _called_in_turn, fuse_projections
 from tests.support.models import TINY_MODELS, make_tiny_model
@@ -118,6 +118,16 @@ def test_a_tied_embedding_is_kept_once(kind: str, is_tied: bool) -> None:
     assert isinstance(embedding, PackedEmbedding)
     assert (embedding.panels is head.panels) == is_tied
     assert torch.equal(embedding(TOKENS), expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gpt_neox"])
+def test_a_model_published_in_bfloat16_is_kept_at_half_the_size(kind: str) -> None:
+    model, published = (make_tiny_model(TINY_MODELS[kind]()) for _ in range(2))
+    published.bfloat16().float()
+    expected = logits(published)
+    assert pack_linears(model) == pack_linears(published)
+    assert packed_bytes(model) == 2 * packed_bytes(published)
+    torch.testing.assert_close(logits(published), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_packing_is_undone_where_a_model_reads_a_weight_itself(monkeypatch: pytest.MonkeyPatch) -> None:
