@@ -142,11 +142,17 @@ def _write_tile(_: Any, x: Any, panels: Any, bias: Any, y: Any, panel: Any, star
 _tile = intrinsic(_write_tile)
 
 
+@njit(cache=True)
+def multiply_panel(x: Any, panels: Any, bias: Any, y: Any, panel: Any) -> None:
+    """`linear` for the outputs of one panel, for compiled code."""
+    num_rows = x.shape[0]
+    num_tiles = -(-num_rows // _MOST_ROWS)
+    for tile in range(num_tiles):
+        _tile(x, panels, bias, y, panel, num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles)
+
+
 @njit(parallel=True, cache=True)
 def linear(x: Any, panels: Any, bias: Any, y: Any) -> None:
     """y [num_rows, out] = x [num_rows, in] times `panels`, + bias [out]. float32 but for pairs, contiguous."""
-    num_rows = x.shape[0]
-    num_tiles = -(-num_rows // _MOST_ROWS)
     for panel in prange(panels.shape[0]):
-        for tile in range(num_tiles):
-            _tile(x, panels, bias, y, panel, num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles)
+        multiply_panel(x, panels, bias, y, panel)

@@ -6,6 +6,8 @@ The packed copy replaces the original. Embeddings are read from panels too: thos
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -14,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     from engine_core.cpu_panels import Panels  # numba: not needed on a GPU
+
+Floats = npt.NDArray[np.float32]
 
 _TOLERANCE = 1e-3  # of the largest logit: packed products add up in another order, no more
 
@@ -26,7 +30,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         from engine_core import cpu_kernels, cpu_panels  # numba: not needed on a GPU
 
-        self.out_features = weight.shape[0]
+        self.out_features, self.in_features = weight.shape
         self.panels = cpu_panels.Panels(weight)
         bias = weight.new_zeros(self.out_features) if bias is None else bias.detach()
         self._bias = pad(bias, (0, -self.out_features % cpu_kernels.PANEL)).numpy()
@@ -35,9 +39,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = torch.empty(rows.shape[0], self._bias.shape[0])
-        self._linear(rows.numpy(), self._panels, self._bias, y.numpy())
-        return y[:, : self.out_features].view(*x.shape[:-1], self.out_features)
+        y = self.new_output(len(rows))
+        self.multiply(rows.numpy(), y)
+        return torch.from_numpy(y)[:, : self.out_features].view(*x.shape[:-1], self.out_features)
+
+    def new_output(self, num_rows: int) -> Floats:
+        """Room for a product: [num_rows, out_features or more]."""
+        return np.empty((num_rows, len(self._bias)), np.float32)
+
+    def multiply(self, x: Floats, y: Floats) -> None:
+        """Fill y, made by `new_output`, with the outputs for x [num_rows, in_features]."""
+        self._linear(x, self._panels, self._bias, y)
 
 
 class PackedEmbedding(nn.Module):
