@@ -3,6 +3,7 @@
 W [out, in] ─▶ panels [out / PANEL, in, PANEL]      y[rows, panel] += x[rows, k] * panel[k]   for k in order,
                each is read once, front to back     the sums of up to 8 rows stay in registers
 
+Panels are of float32, or of pairs of bfloat16 (see `cpu_panels`) that become float32 on their way into the registers.
 Few rows run at the speed of memory and many at that of arithmetic, where oneDNN's packed products take up to twice as
 long. A sum is made in the same order however many rows there are, so an output does not depend on the batch. The shape
 of the loops is that of BLIS (Van Zee and van de Geijn, ACM TOMS 2015).
@@ -18,24 +19,32 @@ from engine_core.cpu_jit import intrinsic, njit, prange
 _WIDE = bool(binding.get_host_cpu_features().get("avx512f", False))
 _WIDTH = 16 if _WIDE else 8  # float32 numbers in a vector; LLVM splits it where registers are smaller
 _NUM_VECTORS = 2
-_MOST_ROWS = 8 if _WIDE else 4  # so many rows' sums fit into the registers
+_MOST_ROWS = 8 if _WIDE else 5  # so many rows' sums fit into the registers, beside a line of the panel
 PANEL = _WIDTH * _NUM_VECTORS
+_AHEAD = 512  # so far, in numbers of 32 bits, memory is read ahead of the arithmetic
 
 _Float, _Int = ir.FloatType(), ir.IntType(64)
 _Vector = ir.VectorType(_Float, _WIDTH)
+_Pairs = ir.VectorType(ir.IntType(32), _WIDTH)
 _FMA = ir.FunctionType(_Vector, [_Vector] * 3)
+_Pointer = ir.IntType(8).as_pointer()
+_PREFETCH = ir.FunctionType(ir.VoidType(), [_Pointer, *[ir.IntType(32)] * 3])
 
 
 class _Emitter:
-    """Writes the loop of one tile: `num_rows` rows by one panel. All addresses are in float32 numbers."""
+    """Writes the loop of one tile: `num_rows` rows by one panel. All addresses are in numbers of 32 bits."""
 
-    def __init__(self, builder: Any, num_rows: int) -> None:
+    def __init__(self, builder: Any, num_rows: int, in_pairs: bool) -> None:
         self._builder = builder
         self._num_rows = num_rows
+        self._load_line = self._load_pairs if in_pairs else self._load_vectors
+        self._prefetches = in_pairs and num_rows > 1  # what goes at the speed of memory anyway does not gain
+        self._line = _WIDTH if in_pairs else PANEL
 
-    def emit(self, x: Any, panel: Any, bias: Any, y: Any, num_inputs: Any, num_outputs: Any) -> None:
-        """x and y point to the tile's first row, panel to its weights, bias and y to its first column."""
+    def emit(self, x: Any, panels: Any, panel: Any, bias: Any, y: Any, num_inputs: Any, num_outputs: Any) -> None:
+        """x and y point to the tile's first row, y also to its first column; bias likewise; `panel` is a number."""
         builder, rows = self._builder, range(self._num_rows)
+        first_line = self.at(panels, builder.mul(builder.mul(panel, num_inputs), _int(self._line)))
         start = self._load_vectors(bias)
         fma = cgutils.get_or_insert_function(builder.module, _FMA, f"llvm.fma.v{_WIDTH}f32")  # type: ignore[no-untyped-call]
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
@@ -43,7 +52,10 @@ class _Emitter:
         builder.position_at_end(loop)
         k = builder.phi(_Int)
         sums = [[builder.phi(_Vector) for _ in start] for _ in rows]
-        weights = self._load_vectors(self.at(panel, builder.mul(k, _int(PANEL))))
+        line = self.at(first_line, builder.mul(k, _int(self._line)))
+        weights = self._load_line(line)
+        if self._prefetches:
+            self._prefetch(self.at(line, _int(_AHEAD)))
         for row, row_sums in zip(rows, sums, strict=True):
             number = self._broadcast(builder.load(self.at(x, builder.mul(num_inputs, _int(row)), k), align=4))
             for total, first, weight in zip(row_sums, start, weights, strict=True):
@@ -71,6 +83,19 @@ class _Emitter:
     def _load_vectors(self, pointer: Any) -> list[Any]:
         return [self._builder.load(address, align=4) for address in self._vectors_at(pointer)]
 
+    def _load_pairs(self, pointer: Any) -> list[Any]:
+        """The lower halves, then the upper ones. A bfloat16 is the upper half of a float32."""
+        pairs = self._builder.load(self._builder.bitcast(pointer, _Pairs.as_pointer()), align=4)
+        lower = self._builder.shl(pairs, ir.Constant(_Pairs, [16] * _WIDTH))
+        upper = self._builder.and_(pairs, ir.Constant(_Pairs, [0xFFFF0000] * _WIDTH))
+        return [self._builder.bitcast(half, _Vector) for half in (lower, upper)]
+
+    def _prefetch(self, pointer: Any) -> None:
+        name = f"llvm.prefetch.{_Pointer.intrinsic_name}"
+        prefetch = cgutils.get_or_insert_function(self._builder.module, _PREFETCH, name)  # type: ignore[no-untyped-call]
+        to_read, into_all_caches, data = (ir.Constant(ir.IntType(32), value) for value in (0, 3, 1))
+        self._builder.call(prefetch, [self._builder.bitcast(pointer, _Pointer), to_read, into_all_caches, data])
+
     def _broadcast(self, number: Any) -> Any:
         nothing, zero = ir.Constant(_Vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
         everywhere = ir.Constant(ir.VectorType(ir.IntType(32), _WIDTH), [0] * _WIDTH)
@@ -81,51 +106,53 @@ def _int(value: int) -> ir.Constant:
     return ir.Constant(_Int, value)
 
 
-def _make_tile(num_rows: int) -> Any:
-    """`tile(x, panels, bias, y, row, panel)` for compiled code: the outputs of `num_rows` rows from `row` on."""
+def _write_tile(_: Any, x: Any, panels: Any, bias: Any, y: Any, panel: Any, start: Any, end: Any) -> Any:
+    """The outputs of rows start … end - 1, at most `_MOST_ROWS`, in one panel. Each number of rows has its own code."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        *arrays, row, panel = arguments
+        *arrays, panel, start, end = arguments
         x, panels, bias, y = (
             context.make_array(kind)(context, builder, array)
             for kind, array in zip(signature.args[:4], arrays, strict=True)
         )
         num_inputs, num_outputs = builder.extract_value(x.shape, 1), builder.extract_value(y.shape, 1)
         column = builder.mul(panel, _int(PANEL))
-        emitter = _Emitter(builder, num_rows)
-        emitter.emit(
-            emitter.at(x.data, builder.mul(row, num_inputs)),
-            emitter.at(panels.data, builder.mul(column, num_inputs)),
-            emitter.at(bias.data, column),
-            emitter.at(y.data, builder.mul(row, num_outputs), column),
-            num_inputs,
-            num_outputs,
-        )
+        done = builder.append_basic_block()
+        choice = builder.switch(builder.sub(end, start), done)
+        for num_rows in range(1, _MOST_ROWS + 1):
+            choice.add_case(_int(num_rows), block := builder.append_basic_block())
+            builder.position_at_end(block)
+            emitter = _Emitter(builder, num_rows, in_pairs=signature.args[1].dtype == types.int32)
+            emitter.emit(
+                emitter.at(x.data, builder.mul(start, num_inputs)),
+                panels.data,
+                panel,
+                emitter.at(bias.data, column),
+                emitter.at(y.data, builder.mul(start, num_outputs), column),
+                num_inputs,
+                num_outputs,
+            )
+            builder.branch(done)
+        builder.position_at_end(done)
         return context.get_dummy_value()
 
-    def tile(_: Any, x: Any, panels: Any, bias: Any, y: Any, row: Any, panel: Any) -> Any:
-        return types.void(x, panels, bias, y, row, panel), emit
-
-    return intrinsic(tile)
+    return types.void(x, panels, bias, y, panel, start, end), emit
 
 
-_tile_of_most, _tile_of_4, _tile_of_2, _tile_of_1 = (_make_tile(rows) for rows in (_MOST_ROWS, 4, 2, 1))
+_tile = intrinsic(_write_tile)
+
+
+@njit(cache=True)
+def multiply_panel(x: Any, panels: Any, bias: Any, y: Any, panel: Any) -> None:
+    """`linear` for the outputs of one panel, for compiled code."""
+    num_rows = x.shape[0]
+    num_tiles = -(-num_rows // _MOST_ROWS)
+    for tile in range(num_tiles):
+        _tile(x, panels, bias, y, panel, num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles)
 
 
 @njit(parallel=True, cache=True)
 def linear(x: Any, panels: Any, bias: Any, y: Any) -> None:
-    """y [num_rows, out] = x [num_rows, in] times panels [out / PANEL, in, PANEL], + bias [out]. float32, contiguous."""
-    num_rows = x.shape[0]
+    """y [num_rows, out] = x [num_rows, in] times `panels`, + bias [out]. float32 but for pairs, contiguous."""
     for panel in prange(panels.shape[0]):
-        row = 0
-        while row + _MOST_ROWS <= num_rows:
-            _tile_of_most(x, panels, bias, y, row, panel)
-            row += _MOST_ROWS
-        if row + 4 <= num_rows:
-            _tile_of_4(x, panels, bias, y, row, panel)
-            row += 4
-        if row + 2 <= num_rows:
-            _tile_of_2(x, panels, bias, y, row, panel)
-            row += 2
-        if row < num_rows:
-            _tile_of_1(x, panels, bias, y, row, panel)
+        multiply_panel(x, panels, bias, y, panel)

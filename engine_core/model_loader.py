@@ -20,8 +20,9 @@ from transformers import (
 
 from engine_core.attention.paged import ATTENTION_NAME, paged_attention
 from engine_core.attention.probe import PROBE_NAME, AttentionLayer, probe_attention
-from engine_core.cpu_linear import pack_linears
+from engine_core.cpu_linear import pack_linears, packed_bytes
 from engine_core.fusion import fuse_projections
+from engine_core.heap import trim_heap
 from engine_core.kv_pool import KVLayout
 from minivllm.config import EngineConfig
 from minivllm.errors import ModelError, StartupError
@@ -39,7 +40,7 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     max_positions: int  # longest sequence the model was made for
     vocab_size: int
-    weight_bytes: int
+    weight_bytes: int  # as they are kept here
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,12 +64,12 @@ def load_model(config: EngineConfig, directory: Path) -> LoadedModel:
     else:
         model = _read_model(directory, hf_config, dtype, device, config)
     model.eval().requires_grad_(False)
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     vocab_size = model.get_output_embeddings().weight.shape[0]
     layers = probe_attention(model)
     if not config.enforce_eager:
         fuse_projections(model)
         pack_linears(model)
+        trim_heap()  # of copies in other layouts
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
     model.set_attn_implementation(ATTENTION_NAME)
     first = layers[0]
@@ -83,7 +84,7 @@ def load_model(config: EngineConfig, directory: Path) -> LoadedModel:
         eos_token_ids=_eos_token_ids(directory, hf_config),
         max_positions=_max_positions(hf_config),
         vocab_size=vocab_size,
-        weight_bytes=weight_bytes,
+        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()) + packed_bytes(model),
     )
 
 

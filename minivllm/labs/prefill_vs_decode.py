@@ -45,7 +45,7 @@ def run(bench: Workbench) -> Findings:
     """Prefill of growing prompts, decode of growing batches."""
     engine = bench.engine()
     layout, device = engine.model.layout, engine.model.device
-    cost = model_cost(read_config(bench.directory), layout.dtype, layout.bytes_per_token)
+    cost = model_cost(read_config(bench.directory), engine.model.weight_bytes, layout.bytes_per_token)
     ceilings = bench.watch.run("the machine's ceilings", lambda: measure_ceilings(device, layout.dtype))
     points = _measure(bench, engine, cost)
     longest = max(point.num_tokens for point in points if point.kind == "prefill")

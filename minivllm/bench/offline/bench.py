@@ -35,8 +35,8 @@ class Bench:
         transformers.utils.logging.disable_progress_bar()
         engine = EngineCore(options, directory, watch.say)
         watch.say("measuring bandwidth and arithmetic")
-        layout, device = engine.model.layout, engine.model.device
-        cost = model_cost(read_config(directory, options.trust_remote_code), layout.dtype, layout.bytes_per_token)
+        layout, device, weight_bytes = engine.model.layout, engine.model.device, engine.model.weight_bytes
+        cost = model_cost(read_config(directory, options.trust_remote_code), weight_bytes, layout.bytes_per_token)
         return cls(engine, cost, measure_ceilings(device, layout.dtype), this_machine(device), watch, temperature)
 
     @property

@@ -32,17 +32,20 @@ class ModelCost:
         return max(reading, self.prefill_flops(work) / ceilings.flops_per_second)
 
 
-def model_cost(config: PretrainedConfig, dtype: torch.dtype, kv_bytes_per_token: int) -> ModelCost:
-    """Counted on a model without memory, so that it does not matter how an engine lays out its weights."""
+def model_cost(config: PretrainedConfig, weight_bytes: int, kv_bytes_per_token: int) -> ModelCost:
+    """Counted on a model without memory, so that it does not matter how an engine lays out its weights.
+
+    `weight_bytes` is what all of them take in the engine.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     read = numbers if embedding is head else numbers - embedding.numel()
     return ModelCost(
-        weight_bytes=read * dtype.itemsize,
+        weight_bytes=weight_bytes * read // numbers,
         kv_bytes_per_token=kv_bytes_per_token,
         flops_per_token=2 * (read - head.numel()),
         flops_per_pair=4 * text.num_hidden_layers * text.num_attention_heads * head_dim,

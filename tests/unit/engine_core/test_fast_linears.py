@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine_core.cpu_linear import PackedLinear, pack_linears
+from engine_core.cpu_linear import PackedEmbedding, PackedLinear, pack_linears, packed_bytes
+from engine_core.cpu_panels import Panels
 from engine_core.fusion import FusedLinear, _called_in_turn, fuse_projections
 from tests.support.models import TINY_MODELS, make_tiny_model
 
@@ -62,6 +63,41 @@ def test_a_packed_product_does_not_depend_on_the_number_of_rows(out_features: in
         assert torch.equal(packed(x[None, :6].view(2, 3, -1)).view(6, -1), all_rows[:6])
 
 
+def bfloat16_numbers(num_rows: int, num_columns: int) -> torch.Tensor:
+    """float32, with the lower half of each number empty; some are special."""
+    numbers = torch.randn(num_rows, num_columns).bfloat16().float()
+    numbers[0, :5] = torch.tensor([0.0, -0.0, torch.inf, torch.finfo(torch.bfloat16).tiny / 2, -1.0])
+    return numbers
+
+
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(96, 64), (33, 7), (1, 5)])
+def test_panels_give_back_their_rows_at_half_the_size_where_that_is_exact(num_rows: int, num_columns: int) -> None:
+    torch.manual_seed(num_rows)
+    weight = bfloat16_numbers(num_rows, num_columns)
+    narrow = Panels(weight)
+    weight_of_more = weight.clone()
+    weight_of_more[-1, -1] = 1 + 2**-8  # one bit too many for bfloat16
+    wide = Panels(weight_of_more)
+    assert (narrow.is_narrow, wide.is_narrow) == (True, False)
+    assert 2 * narrow.data.nbytes == wide.data.nbytes
+    index = torch.randint(0, num_rows, (2, 9))
+    assert torch.equal(narrow.rows(index).view(torch.int32), weight[index].view(torch.int32))
+    assert torch.equal(wide.rows(index).view(torch.int32), weight_of_more[index].view(torch.int32))
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (33, 7)])
+def test_narrow_weights_change_no_bit_of_a_product(out_features: int, in_features: int) -> None:
+    torch.manual_seed(out_features)
+    weight, bias = torch.randn(out_features, in_features).bfloat16().float(), torch.randn(out_features + 1)
+    narrow = PackedLinear(weight, bias[:-1])
+    wide = PackedLinear(torch.cat((weight, torch.full((1, in_features), 0.1))), bias)
+    assert (narrow.panels.is_narrow, wide.panels.is_narrow) == (True, False)
+    x = torch.randn(23, in_features)
+    with torch.inference_mode():
+        for num_rows in range(1, 23):
+            assert torch.equal(narrow(x[:num_rows]), wide(x[:num_rows])[:, :-1])
+
+
 @pytest.mark.parametrize("kind", sorted(TINY_MODELS))
 def test_packing_replaces_every_linear_and_no_logits(kind: str) -> None:
     model = make_tiny_model(TINY_MODELS[kind]())
@@ -71,6 +107,27 @@ def test_packing_replaces_every_linear_and_no_logits(kind: str) -> None:
     assert packed == count(model, PackedLinear) > 0
     assert count(model, nn.Linear) == 0
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "is_tied"), [("qwen2", True), ("gpt2", True), ("llama", False)])
+def test_a_tied_embedding_is_kept_once(kind: str, is_tied: bool) -> None:
+    model = make_tiny_model(TINY_MODELS[kind]())
+    expected = model.get_input_embeddings()(TOKENS)
+    pack_linears(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, PackedEmbedding)
+    assert (embedding.panels is head.panels) == is_tied
+    assert torch.equal(embedding(TOKENS), expected)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gpt_neox"])
+def test_a_model_published_in_bfloat16_is_kept_at_half_the_size(kind: str) -> None:
+    model, published = (make_tiny_model(TINY_MODELS[kind]()) for _ in range(2))
+    published.bfloat16().float()
+    expected = logits(published)
+    assert pack_linears(model) == pack_linears(published)
+    assert packed_bytes(model) == 2 * packed_bytes(published)
+    torch.testing.assert_close(logits(published), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_packing_is_undone_where_a_model_reads_a_weight_itself(monkeypatch: pytest.MonkeyPatch) -> None:
