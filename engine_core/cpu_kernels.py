@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import binding, ir
 from numba.core import cgutils, types
 
-from engine_core.cpu_jit import intrinsic, njit, prange
+from engine_core.cpu_jit import inner, intrinsic, njit, prange
 
 _WIDE = bool(binding.get_host_cpu_features().get("avx512f", False))
 _WIDTH = 16 if _WIDE else 8  # float32 numbers in a vector; LLVM splits it where registers are smaller
@@ -112,20 +112,25 @@ def _make_tile(num_rows: int) -> Any:
 _tile_of_most, _tile_of_4, _tile_of_2, _tile_of_1 = (_make_tile(rows) for rows in (_MOST_ROWS, 4, 2, 1))
 
 
-@njit(parallel=True, cache=True)
+@inner()
+def multiply_panel(x: Any, panels: Any, bias: Any, y: Any, panel: Any) -> None:
+    """`linear` for the outputs of one panel, for compiled code."""
+    num_rows, row = x.shape[0], 0
+    while row + _MOST_ROWS <= num_rows:
+        _tile_of_most(x, panels, bias, y, row, panel)
+        row += _MOST_ROWS
+    if row + 4 <= num_rows:
+        _tile_of_4(x, panels, bias, y, row, panel)
+        row += 4
+    if row + 2 <= num_rows:
+        _tile_of_2(x, panels, bias, y, row, panel)
+        row += 2
+    if row < num_rows:
+        _tile_of_1(x, panels, bias, y, row, panel)
+
+
+@njit(parallel=True)
 def linear(x: Any, panels: Any, bias: Any, y: Any) -> None:
     """y [num_rows, out] = x [num_rows, in] times panels [out / PANEL, in, PANEL], + bias [out]. float32, contiguous."""
-    num_rows = x.shape[0]
     for panel in prange(panels.shape[0]):
-        row = 0
-        while row + _MOST_ROWS <= num_rows:
-            _tile_of_most(x, panels, bias, y, row, panel)
-            row += _MOST_ROWS
-        if row + 4 <= num_rows:
-            _tile_of_4(x, panels, bias, y, row, panel)
-            row += 4
-        if row + 2 <= num_rows:
-            _tile_of_2(x, panels, bias, y, row, panel)
-            row += 2
-        if row < num_rows:
-            _tile_of_1(x, panels, bias, y, row, panel)
+        multiply_panel(x, panels, bias, y, panel)

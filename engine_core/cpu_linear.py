@@ -5,11 +5,15 @@ The packed copy replaces the original, so it costs no memory (tied embeddings as
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+Floats = npt.NDArray[np.float32]
 
 _TOLERANCE = 1e-3  # of the largest logit: packed products add up in another order, no more
 
@@ -22,9 +26,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         from engine_core import cpu_kernels  # numba: not needed on a GPU
 
-        self.out_features, in_features = weight.shape
+        self.out_features, self.in_features = weight.shape
         missing = -self.out_features % cpu_kernels.PANEL
-        panels = pad(weight.detach(), (0, 0, 0, missing)).view(-1, cpu_kernels.PANEL, in_features)
+        panels = pad(weight.detach(), (0, 0, 0, missing)).view(-1, cpu_kernels.PANEL, self.in_features)
         self._panels = panels.transpose(1, 2).contiguous().numpy()
         bias = weight.new_zeros(self.out_features) if bias is None else bias.detach()
         self._bias = pad(bias, (0, missing)).numpy()
@@ -32,9 +36,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = torch.empty(rows.shape[0], self._bias.shape[0])
-        self._linear(rows.numpy(), self._panels, self._bias, y.numpy())
-        return y[:, : self.out_features].view(*x.shape[:-1], self.out_features)
+        y = self.new_output(len(rows))
+        self.multiply(rows.numpy(), y)
+        return torch.from_numpy(y)[:, : self.out_features].view(*x.shape[:-1], self.out_features)
+
+    def new_output(self, num_rows: int) -> Floats:
+        """Room for a product: [num_rows, out_features or more]."""
+        return np.empty((num_rows, len(self._bias)), np.float32)
+
+    def multiply(self, x: Floats, y: Floats) -> None:
+        """Fill y, made by `new_output`, with the outputs for x [num_rows, in_features]."""
+        self._linear(x, self._panels, self._bias, y)
 
 
 @torch.inference_mode()
