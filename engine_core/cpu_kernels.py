@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import binding, ir
 from numba.core import cgutils, types
 
-from engine_core.cpu_jit import intrinsic, njit, prange
+from engine_core.cpu_jit import inner, intrinsic, njit, prange
 
 _WIDE = bool(binding.get_host_cpu_features().get("avx512f", False))
 _WIDTH = 16 if _WIDE else 8  # float32 numbers in a vector; LLVM splits it where registers are smaller
@@ -142,7 +142,7 @@ def _write_tile(_: Any, x: Any, panels: Any, bias: Any, y: Any, panel: Any, star
 _tile = intrinsic(_write_tile)
 
 
-@njit(cache=True)
+@inner()
 def multiply_panel(x: Any, panels: Any, bias: Any, y: Any, panel: Any) -> None:
     """`linear` for the outputs of one panel, for compiled code."""
     num_rows = x.shape[0]
@@ -151,7 +151,7 @@ def multiply_panel(x: Any, panels: Any, bias: Any, y: Any, panel: Any) -> None:
         _tile(x, panels, bias, y, panel, num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles)
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True)
 def linear(x: Any, panels: Any, bias: Any, y: Any) -> None:
     """y [num_rows, out] = x [num_rows, in] times `panels`, + bias [out]. float32 but for pairs, contiguous."""
     for panel in prange(panels.shape[0]):

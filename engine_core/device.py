@@ -164,7 +164,11 @@ def _make_runner(
     config: EngineConfig, model: LoadedModel, kv_pool: KVPool, max_model_len: int, grammars: Grammars
 ) -> ModelRunner:
     if model.device.type != "cuda":
-        return ModelRunner(model, kv_pool, config.max_num_seqs, max_model_len, grammars)
+        if model.layout.dtype != torch.float32:
+            return ModelRunner(model, kv_pool, config.max_num_seqs, max_model_len, grammars)
+        from engine_core.cpu_runner import CpuRunner  # numba takes a while to import, and a GPU needs none
+
+        return CpuRunner(model, kv_pool, config.max_num_seqs, max_model_len, grammars)
     from engine_core.cuda_runner import CudaRunner  # needs triton, which a CPU does not
 
     return CudaRunner(model, kv_pool, config.max_num_seqs, max_model_len, grammars, eager=config.enforce_eager)

@@ -3,7 +3,8 @@
     launch(batch) ── run_prefill | run_decode ──▶ tokens stay on the device ──▶ SampledTokens.collect() reads them
                      no synchronisation here                                    the only one, once a pass
 
-On a GPU a decode pass is one CUDA graph from last tokens to new tokens; elsewhere the same model is called directly.
+On a GPU a decode pass is one CUDA graph from last tokens to new tokens (`cuda_runner`), on a CPU compiled code replaces
+most of the model's own (`cpu_runner`); here the model is called as it is.
 """
 
 import gc
@@ -65,12 +66,7 @@ class ModelRunner:
         pool.attach(loaded.layers)
 
     def warm_up(self, report: Callable[[str], None]) -> None:
-        """Do now what would make the first requests slow."""
-        if self._compiles_attention:
-            report("compiling the attention")
-            from engine_core.attention.cpu_decode import compile_now
-
-            compile_now()
+        """Do now what would make the first requests slow; `report` is told what goes on."""
 
     def release_memory(self) -> None:
         """Give back all memory that was allocated on demand. Only while no request runs."""
@@ -93,7 +89,7 @@ class ModelRunner:
         for request, start, count in zip(batch.requests, batch.starts, batch.counts, strict=True):
             begin, end = end, end + count
             spans.append(PrefillSpan(begin, end, start, start + count, self.rows.block_table[request.row]))
-        metadata = PrefillMetadata(slots, self.pool.block_size, spans)
+        metadata = self._prefill_metadata(slots, spans)
         logits = self.forward(input_ids, positions, metadata, torch.tensor(inputs.logits_index))
         prompt_logprobs = self._prompt_logprobs(logits, inputs, batch)
         if not batch.sampled:
@@ -111,19 +107,12 @@ class ModelRunner:
         logits = self.forward(self.rows.last_token[rows], positions, metadata)
         return self._sampled(logits, self.rows.sample(logits, batch, rows), batch)
 
-    @property
-    def _compiles_attention(self) -> bool:
-        """numba compiles for float32 on a CPU."""
-        return self.device.type == "cpu" and self.pool.layout.dtype == torch.float32
+    def _prefill_metadata(self, slots: Tensor, spans: list[PrefillSpan]) -> AttentionMetadata:
+        return PrefillMetadata(slots, self.pool.block_size, spans)
 
     def _decode_metadata(self, rows: Tensor, positions: Tensor, context_lens: list[int]) -> AttentionMetadata:
-        block_tables = self.rows.block_table[rows]
-        if self._compiles_attention:
-            from engine_core.attention.cpu_decode import CpuDecode  # numba: not needed on a GPU
-
-            return CpuDecode(block_tables, context_lens)
         slots = self.rows.slots(rows, positions, self.pool.block_size)
-        return DecodeMetadata(slots, self.pool.block_size, block_tables, context_lens)
+        return DecodeMetadata(slots, self.pool.block_size, self.rows.block_table[rows], context_lens)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, logits_index: Tensor | None = None

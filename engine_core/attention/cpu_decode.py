@@ -1,57 +1,32 @@
 """Paged decode attention on a CPU in float32: K and V are read where they lie, once, for exactly the tokens there are.
 
-A task is one request and one K/V head: store the new K/V, score all keys for the heads that share it, softmax, sum the
-values. Tasks are compiled by numba and shared among its threads.
+A task is one request and the query heads that share a K/V head, or some of them where there are few requests: score all
+keys, softmax, sum the values. Tasks are compiled by numba and shared among its threads; a head's numbers are the same
+in every task.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from llvmlite import ir
-from numba import float32, int32
 from torch import Tensor
 
-from engine_core.attention.paged import Scoring
-from engine_core.cpu_jit import intrinsic, njit, prange
+from engine_core.attention.paged import Floats, Scoring
+from engine_core.attention.torch_backend import store
+from engine_core.cpu_exp import exp
+from engine_core.cpu_jit import inner, njit, prange
+from engine_core.cpu_prefetch import prefetch
 
-_LOG2_E = np.float32(math.log2(math.e))
-_LOWEST = np.float32(-126.0)  # 2 to this is the smallest normal number; what is smaller may as well be it
-_ROUND = np.float32(1.5 * 2**23)  # adding it leaves no bits behind the point
-_ROUND_BITS = 0x4B400000 - 127  # … and its bits, less the bias of an exponent
-# ln(2)^i / i!: the Taylor series of 2^f, for |f| <= 1/2 within a rounding of float32
-_C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(math.log(2) ** i / math.factorial(i)) for i in range(1, 7))
+_FEW_TASKS = 16  # several for each thread: fewer would be shared unevenly
 
 
-@intrinsic
-def _bits(_: Any, number: Any) -> Any:
-    """The bits of a float32 as int32."""
-    return int32(float32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-@intrinsic
-def _from_bits(_: Any, bits: Any) -> Any:
-    """The float32 of these bits."""
-    return float32(int32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.FloatType())
-
-
-@njit(fastmath=False, cache=True)  # said aloud: it would be inherited from the caller, and undo the rounding
-def _exp(x: Any) -> Any:
-    """e^x for x <= 0 within |x| + 2 roundings, without branches or calls, so that LLVM computes many at once."""
-    t = max(x * _LOG2_E, _LOWEST)
-    shifted = t + _ROUND
-    f = t - (shifted - _ROUND)
-    fraction = np.float32(1.0) + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
-    exponent = (_bits(shifted) - int32(_ROUND_BITS)) << int32(23)
-    return fraction * _from_bits(int32(exponent))
-
-
-@njit(fastmath=True, cache=True)
-def _softmax(scores: Any, softcap: Any) -> Any:
-    """Turn scores [num_keys] into weights in place, and return their sum."""
+@inner(fastmath=True)
+def softmax(scores: Any, softcap: Any) -> None:
+    """Turn scores [num_keys] into weights in place."""
     if softcap > 0:
         for i in range(len(scores)):
             scores[i] = softcap * math.tanh(scores[i] / softcap)
@@ -59,112 +34,209 @@ def _softmax(scores: Any, softcap: Any) -> Any:
     for i in range(len(scores)):
         highest = max(highest, scores[i])
     for i in range(len(scores)):
-        scores[i] = _exp(scores[i] - highest)
+        scores[i] = exp(scores[i] - highest)
         total += scores[i]
-    return total
+    scale = np.float32(1.0) / total
+    for i in range(len(scores)):
+        scores[i] *= scale
 
 
-@njit(fastmath=True, cache=True)
+@inner(fastmath=True)
+def _score(query: Any, key_cache: Any, block: Any, first: Any, end: Any, kv_head: Any, scores: Any, start: Any) -> None:
+    """scores [group, start …] = query [group, head_dim] · the keys at [first, end) of a block."""
+    for offset in range(first, end):
+        key = key_cache[block, offset, kv_head]
+        for head in range(len(query)):
+            score = np.float32(0.0)
+            for d in range(len(key)):
+                score += query[head, d] * key[d]
+            scores[head, start + offset - first] = score
+
+
+@inner(fastmath=True)
+def _add_value(weights: Any, start: Any, value_cache: Any, block: Any, offset: Any, kv_head: Any, output: Any) -> None:
+    value = value_cache[block, offset, kv_head]
+    for head in range(len(output)):
+        weight, out = weights[head, start], output[head]
+        for d in range(len(value)):
+            out[d] += weight * value[d]
+
+
+@inner(fastmath=True)
+def _add_four_values(
+    weights: Any, start: Any, value_cache: Any, block: Any, offset: Any, kv_head: Any, output: Any
+) -> None:
+    """So many at once, because the output is read and written each time."""
+    value0, value1 = value_cache[block, offset, kv_head], value_cache[block, offset + 1, kv_head]
+    value2, value3 = value_cache[block, offset + 2, kv_head], value_cache[block, offset + 3, kv_head]
+    for head in range(len(output)):
+        weight0, weight1 = weights[head, start], weights[head, start + 1]
+        weight2, weight3 = weights[head, start + 2], weights[head, start + 3]
+        out = output[head]
+        for d in range(len(out)):
+            out[d] += weight0 * value0[d] + weight1 * value1[d] + weight2 * value2[d] + weight3 * value3[d]
+
+
+@inner()
+def _add_values(
+    weights: Any, start: Any, value_cache: Any, block: Any, first: Any, end: Any, kv_head: Any, output: Any
+) -> None:
+    """output [group, head_dim] += weights [group, start …] · the values at [first, end) of a block."""
+    offset = first
+    while offset + 4 <= end:
+        _add_four_values(weights, start + offset - first, value_cache, block, offset, kv_head, output)
+        offset += 4
+    while offset < end:
+        _add_value(weights, start + offset - first, value_cache, block, offset, kv_head, output)
+        offset += 1
+
+
+@inner()
+def _prefetch_block(cache: Any, blocks: Any, start: Any, end: Any, kv_head: Any) -> None:
+    """Positions [start, end), as many as the block of the first has. One head's vectors lie apart, and the blocks
+    anywhere: no core foresees what is read next."""
+    block_size, num_kv_heads, head_dim = cache.shape[1:]
+    if start < end:
+        first = (blocks[start // block_size] * block_size * num_kv_heads + kv_head) * head_dim
+        for i in range(min(block_size, end - start)):
+            prefetch(cache, first + i * num_kv_heads * head_dim, head_dim)
+
+
+@inner()
 def _attend(
-    query: Any,  # [group, head_dim]
+    query: Any,  # [group, head_dim], scaled
     key_cache: Any,  # [num_blocks, block_size, num_kv_heads, head_dim]
     value_cache: Any,
     kv_head: Any,
     blocks: Any,  # [max_blocks]
     start: Any,
     end: Any,
-    scaling: Any,
     softcap: Any,
-    output: Any,  # like query
+    output: Any,  # like query, zeros
 ) -> None:
     """Attend to positions [start, end)."""
-    group, head_dim = query.shape
     block_size = key_cache.shape[1]
-    scores = np.empty((group, end - start), np.float32)
-    for position in range(start, end):
-        block, offset = blocks[position // block_size], position % block_size
-        for head in range(group):
-            score = np.float32(0.0)
-            for d in range(head_dim):
-                score += query[head, d] * key_cache[block, offset, kv_head, d]
-            scores[head, position - start] = score * scaling
-    scales = np.empty(group, np.float32)
-    for head in range(group):
-        scales[head] = np.float32(1.0) / _softmax(scores[head], softcap)
+    scores = np.empty((len(query), end - start), np.float32)
+    first_block, end_block = start // block_size, (end + block_size - 1) // block_size
+    for index in range(first_block, end_block):
+        position = index * block_size
+        first, stop = max(start, position), min(end, position + block_size)
+        _prefetch_block(key_cache, blocks, position + block_size, end, kv_head)
+        _score(query, key_cache, blocks[index], first - position, stop - position, kv_head, scores, first - start)
+    for head in range(len(query)):
+        softmax(scores[head], softcap)
+    for index in range(first_block, end_block):
+        position = index * block_size
+        first, stop = max(start, position), min(end, position + block_size)
+        _prefetch_block(value_cache, blocks, position + block_size, end, kv_head)
+        _add_values(
+            scores, first - start, value_cache, blocks[index], first - position, stop - position, kv_head, output
+        )
+
+
+@inner(fastmath=True)
+def _start(heads: Any, first: Any, scaling: Any, query: Any, output: Any) -> None:
+    """query [group, head_dim]: some of heads [num_heads * head_dim or more], scaled; output likewise: zeros."""
+    head_dim = query.shape[1]
+    for head in range(len(query)):
         for d in range(head_dim):
+            query[head, d] = heads[(first + head) * head_dim + d] * scaling
             output[head, d] = np.float32(0.0)
-    for position in range(start, end):
-        block, offset = blocks[position // block_size], position % block_size
-        for head in range(group):
-            weight = scores[head, position - start] * scales[head]
-            for d in range(head_dim):
-                output[head, d] += weight * value_cache[block, offset, kv_head, d]
 
 
-@njit(cache=True)
-def _store(key: Any, cache: Any, block: Any, offset: Any, kv_head: Any) -> None:
-    """Put key [head_dim] into its slot of cache [num_blocks, block_size, num_kv_heads, head_dim]."""
-    for d in range(len(key)):
-        cache[block, offset, kv_head, d] = key[d]
-
-
-@njit(parallel=True, cache=True)  # a loop of calls: whatever else stands here costs seconds to compile
-def _decode(
-    query: Any,  # [num_reqs, num_kv_heads, group, head_dim]
-    key: Any,  # [num_reqs, num_kv_heads, head_dim]
-    value: Any,
-    key_cache: Any,  # [num_blocks, block_size, num_kv_heads, head_dim]
+@inner()
+def _run_task(
+    task: Any,
+    queries: Any,  # [num_reqs, num_heads * head_dim or more]
+    key_cache: Any,
     value_cache: Any,
     block_tables: Any,  # [num_reqs, max_blocks] int64
     context_lens: Any,  # [num_reqs] int64, the new token included
     scaling: Any,
     window: Any,
-    softcap: Any,  # 0: none
-    output: Any,  # like query
+    softcap: Any,
+    num_splits: Any,
+    outputs: Any,  # [num_reqs, num_heads, head_dim]
 ) -> None:
-    num_kv_heads, block_size = key.shape[1], key_cache.shape[1]
-    for task in prange(key.shape[0] * num_kv_heads):
-        request, head = task // num_kv_heads, task % num_kv_heads
-        blocks, end = block_tables[request], context_lens[request]
-        block, offset = blocks[(end - 1) // block_size], (end - 1) % block_size
-        _store(key[request, head], key_cache, block, offset, head)
-        _store(value[request, head], value_cache, block, offset, head)
-        start, out = max(0, end - window), output[request, head]
-        _attend(query[request, head], key_cache, value_cache, head, blocks, start, end, scaling, softcap, out)
+    num_heads, head_dim = outputs.shape[1:]
+    num_kv_heads = key_cache.shape[2]
+    group = num_heads // num_kv_heads
+    request, rest = task // (num_kv_heads * num_splits), task % (num_kv_heads * num_splits)
+    kv_head, split = rest // num_splits, rest % num_splits
+    first = kv_head * group + split * group // num_splits
+    end = kv_head * group + (split + 1) * group // num_splits
+    output = outputs[request, first:end]
+    query = np.empty((end - first, head_dim), np.float32)
+    _start(queries[request], first, scaling, query, output)
+    context_len = context_lens[request]
+    start = max(0, context_len - window)
+    _attend(query, key_cache, value_cache, kv_head, block_tables[request], start, context_len, softcap, output)
+
+
+@njit(parallel=True)  # a loop of calls: whatever else stands here costs seconds to compile
+def _decode(
+    queries: Any,
+    key_cache: Any,
+    value_cache: Any,
+    block_tables: Any,
+    context_lens: Any,
+    scaling: Any,
+    window: Any,
+    softcap: Any,
+    num_splits: Any,
+    outputs: Any,
+) -> None:
+    for task in prange(len(queries) * key_cache.shape[2] * num_splits):
+        _run_task(
+            np.int64(task), queries, key_cache, value_cache, block_tables, context_lens, scaling, window, softcap,
+            num_splits, outputs,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
 class CpuDecode:
     """A pass of one token per request. `AttentionMetadata` for float32 on a CPU."""
 
+    slot_mapping: Tensor  # [num_reqs] of the new tokens
     block_tables: Tensor  # [num_reqs, max_blocks] int64
-    context_lens: Sequence[int]  # keys each query sees, its own included
+    context_lens: InitVar[Sequence[int]]  # keys each query sees, its own included
+    _context_lens: npt.NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self, context_lens: Sequence[int]) -> None:
+        self._context_lens = np.array(context_lens)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, scoring: Scoring
     ) -> Tensor:
         """See `AttentionMetadata`."""
-        num_reqs, num_kv_heads, head_dim = key.shape
-        grouped = query.reshape(num_reqs, num_kv_heads, -1, head_dim).contiguous()
-        output = torch.empty(grouped.shape)
+        store(key, value, key_cache, value_cache, self.slot_mapping)
+        output = torch.empty(query.shape)
+        queries = query.reshape(len(query), -1).contiguous().numpy()
+        self.attend_to_stored(queries, key_cache.numpy(), value_cache.numpy(), scoring, output.numpy())
+        return output
+
+    def attend_to_stored(
+        self, qkv: Floats, key_cache: Floats, value_cache: Floats, scoring: Scoring, output: Floats
+    ) -> None:
+        """See `CpuAttention`."""
+        num_heads, num_kv_heads = output.shape[1], key_cache.shape[2]
+        are_few = len(qkv) * num_kv_heads < _FEW_TASKS
         _decode(
-            grouped.numpy(),
-            key.contiguous().numpy(),
-            value.contiguous().numpy(),
-            key_cache.numpy(),
-            value_cache.numpy(),
+            qkv,
+            key_cache,
+            value_cache,
             self.block_tables.numpy(),
-            np.array(self.context_lens),
+            self._context_lens,
             np.float32(scoring.scaling),
             scoring.window or 2**31,
             np.float32(scoring.softcap or 0.0),
-            output.numpy(),
+            num_heads // num_kv_heads if are_few else 1,
+            output,
         )
-        return output.view(query.shape)
 
 
 def compile_now() -> None:
     """Compile a pass, or read what was compiled before. Takes seconds the first time."""
     vector, cache = torch.zeros(1, 1, 8), torch.zeros(1, 1, 1, 8)
-    table = torch.zeros(1, 1, dtype=torch.int64)
-    CpuDecode(table, [1]).attend(vector, vector, vector, cache, cache.clone(), Scoring(1.0))
+    slot = torch.zeros(1, dtype=torch.int64)
+    CpuDecode(slot, slot[None], [1]).attend(vector, vector, vector, cache, cache.clone(), Scoring(1.0))

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 ATTENTION_NAME = "minivllm_paged"
+
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,19 @@ class AttentionMetadata(Protocol):
     ) -> Tensor:
         """Store key/value [num_tokens, num_kv_heads, head_dim] and return the output for query, both
         [num_tokens, num_heads, head_dim]. Caches are [num_blocks, block_size, num_kv_heads, head_dim]."""
+        ...
+
+
+class CpuAttention(AttentionMetadata, Protocol):
+    """The same for passes that do not run a model's own code (`cpu_decoder`)."""
+
+    slot_mapping: Tensor  # [num_tokens]
+
+    def attend_to_stored(
+        self, qkv: Floats, key_cache: Floats, value_cache: Floats, scoring: Scoring, output: Floats
+    ) -> None:
+        """Fill output [num_tokens, num_heads, head_dim]; keys and values are in their slots already. qkv is
+        [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim or more]."""
         ...
 
 

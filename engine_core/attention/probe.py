@@ -31,6 +31,8 @@ class AttentionLayer(NamedTuple):
     key_dim: int
     value_dim: int
     sliding_window: int | None
+    scaling: float | None  # None: head_dim ** -0.5
+    softcap: float | None
 
 
 class _Watcher:
@@ -52,7 +54,8 @@ class _Watcher:
         if mask is not None:
             self.complaints["it builds its own attention mask"] = None
         window = arguments.get("sliding_window")
-        self.layers.append(AttentionLayer(module, query.shape[1], key.shape[1], key.shape[3], value.shape[3], window))
+        sizes = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+        self.layers.append(AttentionLayer(module, *sizes, window, arguments.get("scaling"), arguments.get("softcap")))
         output = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return output.transpose(1, 2).contiguous(), None
 

@@ -1,4 +1,4 @@
-"""Paged attention with torch alone: the reference, and what runs on a CPU.
+"""Paged attention with torch alone: the reference, and what runs on a CPU in other formats than float32.
 
 Layers may see the past through different sliding windows, so the plans of what to gather are made per window, once a
 pass, by the first layer that asks.
@@ -56,7 +56,7 @@ class PrefillMetadata:
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, scoring: Scoring
     ) -> Tensor:
         """See `AttentionMetadata`."""
-        _store(key, value, key_cache, value_cache, self.slot_mapping)
+        store(key, value, key_cache, value_cache, self.slot_mapping)
         outputs = []
         for gathered in self.plan(scoring.window):
             tokens = slice(gathered.span.query_start, gathered.span.query_end)
@@ -100,7 +100,7 @@ class DecodeMetadata:
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, scoring: Scoring
     ) -> Tensor:
         """See `AttentionMetadata`."""
-        _store(key, value, key_cache, value_cache, self.slot_mapping)
+        store(key, value, key_cache, value_cache, self.slot_mapping)
         output = torch.empty_like(query)
         for group in self.plan(scoring.window):
             past_key, past_value = _gather(key_cache, value_cache, group.blocks)
@@ -143,7 +143,8 @@ class DecodeMetadata:
         return DecodeGroup(tokens, blocks, mask[:, None, None])
 
 
-def _store(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+def store(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """Put key and value [num_tokens, num_kv_heads, head_dim] into `slots` [num_tokens] of the caches."""
     key_cache.flatten(0, 1).index_copy_(0, slots, key)
     value_cache.flatten(0, 1).index_copy_(0, slots, value)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine_core.attention.cpu_decode import CpuDecode
+from engine_core.attention.cpu_prefill import CpuPrefill
 from engine_core.attention.paged import AttentionMetadata, ForwardContext, PagedLayer, paged_attention
 from engine_core.attention.torch_backend import DecodeMetadata, PrefillMetadata, PrefillSpan
 
@@ -126,6 +127,7 @@ def test_prefill_chunks_over_cached_prefixes(case: Case, block_size: int) -> Non
     slots = torch.cat([pool.slots(*part) for part in parts])
     query = torch.randn(query_start, case.num_heads, HEAD_DIM, generator=pool.generator)
     pool.check(pool.attend(PrefillMetadata(slots, block_size, spans), query, parts), query, parts)
+    pool.check(pool.attend(CpuPrefill(slots, spans), query, parts), query, parts)
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
@@ -138,7 +140,7 @@ def test_decode_of_very_different_lengths(case: Case, block_size: int) -> None:
     parts = [(request, length - 1, length) for request, length in enumerate(lengths)]
     slots = torch.cat([pool.slots(*part) for part in parts])
     query = torch.randn(len(lengths), case.num_heads, HEAD_DIM, generator=pool.generator)
-    pool.check(pool.attend(CpuDecode(pool.block_tables, lengths), query, parts), query, parts)
+    pool.check(pool.attend(CpuDecode(slots, pool.block_tables, lengths), query, parts), query, parts)
     stored = pool.layer.key_cache.clone()
     metadata = DecodeMetadata(slots, block_size, pool.block_tables, lengths)
     pool.check(pool.attend(metadata, query, parts), query, parts)
