@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine_core.attention.cpu_positions import POSITIONS, add_positions, score_positions
 from engine_core.attention.paged import Floats, Scoring
 from engine_core.attention.torch_backend import store
 from engine_core.cpu_exp import exp
@@ -42,53 +43,57 @@ def softmax(scores: Any, softcap: Any) -> None:
 
 
 @inner(fastmath=True)
-def _score(query: Any, key_cache: Any, block: Any, first: Any, end: Any, kv_head: Any, scores: Any, start: Any) -> None:
-    """scores [group, start …] = query [group, head_dim] · the keys at [first, end) of a block."""
-    for offset in range(first, end):
-        key = key_cache[block, offset, kv_head]
+def _score(query: Any, key: Any, scores: Any, at: Any) -> None:
+    """scores [group, at] = query [group, head_dim] · one key."""
+    for head in range(len(query)):
+        score = np.float32(0.0)
+        for d in range(len(key)):
+            score += query[head, d] * key[d]
+        scores[head, at] = score
+
+
+@inner()
+def _score_block(
+    query: Any, key_cache: Any, block: Any, first: Any, end: Any, kv_head: Any, scores: Any, at: Any
+) -> None:
+    """scores [group, at + first …] = query [group, head_dim] · the keys at [first, end) of a block, and some more."""
+    _, block_size, num_kv_heads, head_dim = key_cache.shape
+    if head_dim % POSITIONS or block_size % POSITIONS:
+        for offset in range(first, end):
+            _score(query, key_cache[block, offset, kv_head], scores, at + offset)
+        return
+    stride = num_kv_heads * head_dim
+    for offset in range(first - first % POSITIONS, end, POSITIONS):
+        start = (block * block_size + offset) * stride + kv_head * head_dim
         for head in range(len(query)):
-            score = np.float32(0.0)
-            for d in range(len(key)):
-                score += query[head, d] * key[d]
-            scores[head, start + offset - first] = score
+            score_positions(query[head], key_cache, start, stride, scores, head * scores.shape[1] + at + offset)
 
 
 @inner(fastmath=True)
-def _add_value(weights: Any, start: Any, value_cache: Any, block: Any, offset: Any, kv_head: Any, output: Any) -> None:
-    value = value_cache[block, offset, kv_head]
+def _add_value(weights: Any, at: Any, value: Any, output: Any) -> None:
     for head in range(len(output)):
-        weight, out = weights[head, start], output[head]
+        weight, out = weights[head, at], output[head]
         for d in range(len(value)):
             out[d] += weight * value[d]
 
 
-@inner(fastmath=True)
-def _add_four_values(
-    weights: Any, start: Any, value_cache: Any, block: Any, offset: Any, kv_head: Any, output: Any
-) -> None:
-    """So many at once, because the output is read and written each time."""
-    value0, value1 = value_cache[block, offset, kv_head], value_cache[block, offset + 1, kv_head]
-    value2, value3 = value_cache[block, offset + 2, kv_head], value_cache[block, offset + 3, kv_head]
-    for head in range(len(output)):
-        weight0, weight1 = weights[head, start], weights[head, start + 1]
-        weight2, weight3 = weights[head, start + 2], weights[head, start + 3]
-        out = output[head]
-        for d in range(len(out)):
-            out[d] += weight0 * value0[d] + weight1 * value1[d] + weight2 * value2[d] + weight3 * value3[d]
-
-
 @inner()
-def _add_values(
-    weights: Any, start: Any, value_cache: Any, block: Any, first: Any, end: Any, kv_head: Any, output: Any
+def _add_block(
+    weights: Any, at: Any, value_cache: Any, block: Any, first: Any, end: Any, kv_head: Any, output: Any
 ) -> None:
-    """output [group, head_dim] += weights [group, start …] · the values at [first, end) of a block."""
+    """output [group, head_dim] += weights [group, at + first …] · the values at [first, end) of a block."""
+    _, block_size, num_kv_heads, head_dim = value_cache.shape
+    stride, are_vectors = num_kv_heads * head_dim, head_dim % POSITIONS == 0
     offset = first
-    while offset + 4 <= end:
-        _add_four_values(weights, start + offset - first, value_cache, block, offset, kv_head, output)
-        offset += 4
     while offset < end:
-        _add_value(weights, start + offset - first, value_cache, block, offset, kv_head, output)
-        offset += 1
+        if are_vectors and offset + POSITIONS <= end:
+            start = (block * block_size + offset) * stride + kv_head * head_dim
+            for head in range(len(output)):
+                add_positions(weights, head * weights.shape[1] + at + offset, value_cache, start, stride, output[head])
+            offset += POSITIONS
+        else:
+            _add_value(weights, at + offset, value_cache[block, offset, kv_head], output)
+            offset += 1
 
 
 @inner()
@@ -116,21 +121,21 @@ def _attend(
 ) -> None:
     """Attend to positions [start, end)."""
     block_size = key_cache.shape[1]
-    scores = np.empty((len(query), end - start), np.float32)
     first_block, end_block = start // block_size, (end + block_size - 1) // block_size
+    scores = np.empty((len(query), (end_block - first_block) * block_size), np.float32)
     for index in range(first_block, end_block):
         position = index * block_size
-        first, stop = max(start, position), min(end, position + block_size)
+        first, stop = max(start - position, 0), min(end - position, block_size)
         _prefetch_block(key_cache, blocks, position + block_size, end, kv_head)
-        _score(query, key_cache, blocks[index], first - position, stop - position, kv_head, scores, first - start)
+        _score_block(query, key_cache, blocks[index], first, stop, kv_head, scores, position - first_block * block_size)
     for head in range(len(query)):
-        softmax(scores[head], softcap)
+        softmax(scores[head, start - first_block * block_size : end - first_block * block_size], softcap)
     for index in range(first_block, end_block):
         position = index * block_size
-        first, stop = max(start, position), min(end, position + block_size)
+        first, stop = max(start - position, 0), min(end - position, block_size)
         _prefetch_block(value_cache, blocks, position + block_size, end, kv_head)
-        _add_values(
-            scores, first - start, value_cache, blocks[index], first - position, stop - position, kv_head, output
+        _add_block(
+            scores, position - first_block * block_size, value_cache, blocks[index], first, stop, kv_head, output
         )
 
 
