@@ -3,7 +3,6 @@
 The launcher starts it this way; so can you (see scripts/launch_processes).
 """
 
-import gc
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from minivllm.control import ControlChannel
 from minivllm.diagnostics import Watchdog, dump_stacks_on_signal
 from minivllm.errors import StartupError
 from minivllm.faults import Faults
+from minivllm.garbage import spare_what_is_there
 from minivllm.logs import setup_logging
 from minivllm.options import load_config
 
@@ -90,8 +90,7 @@ def _serve(config: ServeConfig, control: ControlChannel) -> None:
     except BaseException as error:
         server.close(f"the engine core could not start: {error}")
         raise
-    gc.freeze()  # torch, transformers, the compiler: looking through them stops everybody for 0.4 s
-    gc.set_threshold(50_000, 20, 50)
+    spare_what_is_there()
     facts = engine.facts(os.getpid())
     logger.info(
         "ready on %s (%s): %d KV cache blocks of %d tokens, max_model_len %d, sockets in %s",

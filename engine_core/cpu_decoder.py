@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine_core.attention.cpu_attention import CpuAttention
 from engine_core.attention.cpu_decode import CpuDecode
 from engine_core.attention.cpu_prefill import CpuPrefill
-from engine_core.attention.paged import CpuAttention, Floats
+from engine_core.attention.paged import Floats
 from engine_core.attention.torch_backend import PrefillSpan
 from engine_core.cpu_layers import add_and_normalize, gate, rotate_and_store
 from engine_core.kv_pool import KVPool

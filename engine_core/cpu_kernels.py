@@ -11,56 +11,49 @@ of the loops is that of BLIS (Van Zee and van de Geijn, ACM TOMS 2015).
 
 from typing import Any
 
-from llvmlite import binding, ir
-from numba.core import cgutils, types
+from llvmlite import ir
+from numba.core import types
 
 from engine_core.cpu_jit import inner, intrinsic, njit, prange
+from engine_core.cpu_vectors import IS_WIDE, WIDTH, Bits, Int, Vector, VectorEmitter
 
-_WIDE = bool(binding.get_host_cpu_features().get("avx512f", False))
-_WIDTH = 16 if _WIDE else 8  # float32 numbers in a vector; LLVM splits it where registers are smaller
 _NUM_VECTORS = 2
-_MOST_ROWS = 8 if _WIDE else 5  # so many rows' sums fit into the registers, beside a line of the panel
-PANEL = _WIDTH * _NUM_VECTORS
+_MOST_ROWS = 8 if IS_WIDE else 5  # so many rows' sums fit into the registers, beside a line of the panel
+PANEL = WIDTH * _NUM_VECTORS
 _AHEAD = 512  # so far, in numbers of 32 bits, memory is read ahead of the arithmetic
 
-_Float, _Int = ir.FloatType(), ir.IntType(64)
-_Vector = ir.VectorType(_Float, _WIDTH)
-_Pairs = ir.VectorType(ir.IntType(32), _WIDTH)
-_FMA = ir.FunctionType(_Vector, [_Vector] * 3)
-_Pointer = ir.IntType(8).as_pointer()
-_PREFETCH = ir.FunctionType(ir.VoidType(), [_Pointer, *[ir.IntType(32)] * 3])
+_Pairs = ir.VectorType(Bits, WIDTH)
 
 
-class _Emitter:
-    """Writes the loop of one tile: `num_rows` rows by one panel. All addresses are in numbers of 32 bits."""
+class _Emitter(VectorEmitter):
+    """Writes the loop of one tile: `num_rows` rows by one panel."""
 
     def __init__(self, builder: Any, num_rows: int, in_pairs: bool) -> None:
-        self._builder = builder
+        super().__init__(builder)
         self._num_rows = num_rows
         self._load_line = self._load_pairs if in_pairs else self._load_vectors
         self._prefetches = in_pairs and num_rows > 1  # what goes at the speed of memory anyway does not gain
-        self._line = _WIDTH if in_pairs else PANEL
+        self._line = WIDTH if in_pairs else PANEL
 
     def emit(self, x: Any, panels: Any, panel: Any, bias: Any, y: Any, num_inputs: Any, num_outputs: Any) -> None:
         """x and y point to the tile's first row, y also to its first column; bias likewise; `panel` is a number."""
-        builder, rows = self._builder, range(self._num_rows)
+        builder, rows = self.builder, range(self._num_rows)
         first_line = self.at(panels, builder.mul(builder.mul(panel, num_inputs), _int(self._line)))
         start = self._load_vectors(bias)
-        fma = cgutils.get_or_insert_function(builder.module, _FMA, f"llvm.fma.v{_WIDTH}f32")  # type: ignore[no-untyped-call]
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
         builder.position_at_end(loop)
-        k = builder.phi(_Int)
-        sums = [[builder.phi(_Vector) for _ in start] for _ in rows]
+        k = builder.phi(Int)
+        sums = [[builder.phi(Vector) for _ in start] for _ in rows]
         line = self.at(first_line, builder.mul(k, _int(self._line)))
         weights = self._load_line(line)
         if self._prefetches:
-            self._prefetch(self.at(line, _int(_AHEAD)))
+            self.prefetch(self.at(line, _int(_AHEAD)), locality=3)
         for row, row_sums in zip(rows, sums, strict=True):
-            number = self._broadcast(builder.load(self.at(x, builder.mul(num_inputs, _int(row)), k), align=4))
+            number = self.broadcast(builder.load(self.at(x, builder.mul(num_inputs, _int(row)), k), align=4))
             for total, first, weight in zip(row_sums, start, weights, strict=True):
                 total.add_incoming(first, before)
-                total.add_incoming(builder.call(fma, [number, weight, total]), loop)
+                total.add_incoming(self.multiply_add(number, weight, total), loop)
         following = builder.add(k, _int(1))
         k.add_incoming(_int(0), before)
         k.add_incoming(following, loop)
@@ -69,41 +62,24 @@ class _Emitter:
         for row, row_sums in zip(rows, sums, strict=True):
             targets = self._vectors_at(self.at(y, builder.mul(num_outputs, _int(row))))
             for total, target in zip(row_sums, targets, strict=True):
-                builder.store(total.incomings[1][0], target, align=4)
-
-    def at(self, pointer: Any, *offsets: Any) -> Any:
-        for offset in offsets:
-            pointer = self._builder.gep(pointer, [offset], source_etype=_Float)
-        return pointer
+                self.store(total.incomings[1][0], target)
 
     def _vectors_at(self, pointer: Any) -> list[Any]:
-        starts = [self.at(pointer, _int(vector * _WIDTH)) for vector in range(_NUM_VECTORS)]
-        return [self._builder.bitcast(start, _Vector.as_pointer()) for start in starts]
+        return [self.at(pointer, _int(vector * WIDTH)) for vector in range(_NUM_VECTORS)]
 
     def _load_vectors(self, pointer: Any) -> list[Any]:
-        return [self._builder.load(address, align=4) for address in self._vectors_at(pointer)]
+        return [self.load(address) for address in self._vectors_at(pointer)]
 
     def _load_pairs(self, pointer: Any) -> list[Any]:
         """The lower halves, then the upper ones. A bfloat16 is the upper half of a float32."""
-        pairs = self._builder.load(self._builder.bitcast(pointer, _Pairs.as_pointer()), align=4)
-        lower = self._builder.shl(pairs, ir.Constant(_Pairs, [16] * _WIDTH))
-        upper = self._builder.and_(pairs, ir.Constant(_Pairs, [0xFFFF0000] * _WIDTH))
-        return [self._builder.bitcast(half, _Vector) for half in (lower, upper)]
-
-    def _prefetch(self, pointer: Any) -> None:
-        name = f"llvm.prefetch.{_Pointer.intrinsic_name}"
-        prefetch = cgutils.get_or_insert_function(self._builder.module, _PREFETCH, name)  # type: ignore[no-untyped-call]
-        to_read, into_all_caches, data = (ir.Constant(ir.IntType(32), value) for value in (0, 3, 1))
-        self._builder.call(prefetch, [self._builder.bitcast(pointer, _Pointer), to_read, into_all_caches, data])
-
-    def _broadcast(self, number: Any) -> Any:
-        nothing, zero = ir.Constant(_Vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
-        everywhere = ir.Constant(ir.VectorType(ir.IntType(32), _WIDTH), [0] * _WIDTH)
-        return self._builder.shuffle_vector(self._builder.insert_element(nothing, number, zero), nothing, everywhere)
+        pairs = self.builder.load(self.builder.bitcast(pointer, _Pairs.as_pointer()), align=4)
+        lower = self.builder.shl(pairs, ir.Constant(_Pairs, [16] * WIDTH))
+        upper = self.builder.and_(pairs, ir.Constant(_Pairs, [0xFFFF0000] * WIDTH))
+        return [self.builder.bitcast(half, Vector) for half in (lower, upper)]
 
 
 def _int(value: int) -> ir.Constant:
-    return ir.Constant(_Int, value)
+    return ir.Constant(Int, value)
 
 
 def _write_tile(_: Any, x: Any, panels: Any, bias: Any, y: Any, panel: Any, start: Any, end: Any) -> Any:

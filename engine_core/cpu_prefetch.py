@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 
 from engine_core.cpu_jit import inner, intrinsic
+from engine_core.cpu_vectors import VectorEmitter
 
 _CACHE_LINE = 16  # float32 numbers
 
@@ -13,12 +13,9 @@ _CACHE_LINE = 16  # float32 numbers
 @intrinsic
 def _prefetch_line(_: Any, array: Any, index: Any) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-        address = builder.bitcast(builder.gep(data, [arguments[1]]), pointer)
-        builder.call(function, [address, *(number(value) for value in (0, 2, 1))])  # to read, into the L2 cache, data
+        emitter = VectorEmitter(builder)
+        emitter.prefetch(emitter.at(data, arguments[1]), locality=2)
         return context.get_dummy_value()
 
     return types.void(array, index), emit

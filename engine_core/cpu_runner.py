@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from engine_core.attention.cpu_attention import CpuAttention
 from engine_core.attention.cpu_decode import CpuDecode, compile_now
 from engine_core.attention.cpu_prefill import CpuPrefill
 from engine_core.attention.paged import AttentionMetadata
@@ -38,7 +39,7 @@ class CpuRunner(ModelRunner):
         self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata, logits_index: Tensor | None = None
     ) -> Tensor:
         """See `ModelRunner`."""
-        if self._decoder is None or not isinstance(metadata, (CpuDecode, CpuPrefill)):
+        if self._decoder is None or not isinstance(metadata, CpuAttention):
             return super().forward(input_ids, positions, metadata, logits_index)
         return self._decoder.logits(input_ids, positions, metadata, logits_index)
 

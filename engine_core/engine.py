@@ -193,15 +193,15 @@ class EngineCore:
         if self.decision_log is not None:
             self.decision_log.tokens(tokens)
         now = self._clock()
-        seconds = now - max(launched.time, self._collected_time)
+        began = max(launched.time, self._collected_time)
         self._collected_time = now
-        self.records.collected(launched.batch, now)
+        self.records.collected(launched.batch, began, now)
         ended = self._end_failed(launched.tokens.failures)
         outputs = self._update(launched.batch, tokens)
         if launched.batch.with_logprobs or launched.batch.prompt_spans:
             self._add_logprobs(outputs, launched)
         self.scheduler.complete(launched.batch)
-        self.counters.step_done(launched.batch, seconds)
+        self.counters.step_done(launched.batch, now - began)
         return ended + outputs
 
     def _end_failed(self, failures: Mapping[Request, str]) -> list[RequestOutput]:

@@ -30,7 +30,6 @@ class StepRecorder:
         self._in_flight: deque[tuple[Batch, StepRecord]] = deque()
         self._last_decode: list[Request] = []
         self._last_handles: list[int] = []
-        self._collected_time = 0.0  # of the last pass
 
     @property
     def recording(self) -> bool:
@@ -64,22 +63,20 @@ class StepRecorder:
         if self._recording:
             self._in_flight.append((batch, self._record(batch, preempted, now)))
 
-    def collected(self, batch: Batch, now: float) -> None:
-        """The oldest pass in flight was `batch`, and it is done; who ends with it is told next."""
+    def collected(self, batch: Batch, began: float, now: float) -> None:
+        """The oldest pass in flight was `batch`; it had the device from `began` on. Who ends with it is told next."""
         if batch.kind == "prefill":
             sampled = set(batch.sampled)
             for request in batch.requests:
                 self.timelines.chunk_done(request, request in sampled, now)
         self.num_changes += 1
         self._num_steps += 1
-        has_device_since, self._collected_time = self._collected_time, now
         if not any(launched is batch for launched, _ in self._in_flight):
             return  # launched while nobody watched
         while (pending := self._in_flight.popleft())[0] is not batch:
             pass  # those before it failed
         record = pending[1]
-        record.number, record.collected = self._num_steps, now
-        record.began = max(record.began, has_device_since)
+        record.number, record.began, record.collected = self._num_steps, began, now
         self.steps.append(record)
 
     def finished(self, request: Request, now: float) -> None:

@@ -1,7 +1,6 @@
 """`python -m frontend [MODEL] --socket-dir DIR`: one frontend process, started by the launcher or by hand."""
 
 import asyncio
-import gc
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ from minivllm.config import ServeConfig
 from minivllm.control import ControlChannel
 from minivllm.diagnostics import dump_stacks_on_signal
 from minivllm.errors import StartupError
+from minivllm.garbage import spare_what_is_there
 from minivllm.listener import LISTEN_FD_VARIABLE, SUCCESSOR_VARIABLE, open_listener
 from minivllm.logs import setup_logging
 from minivllm.options import load_config
@@ -35,9 +35,7 @@ def main() -> int:
         if not control.report("failed", reason=str(error), exit_code=1):
             print(f"minivllm: error: {error}", file=sys.stderr)
         return 1
-    # What is there now stays, and tokens make no cycles: collecting rarely saves a tenth of what a token costs.
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    spare_what_is_there()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(frontend.run())
     return 0

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine_core.attention.cpu_attention import CpuAttention
 from engine_core.attention.cpu_positions import POSITIONS, add_positions, score_positions
 from engine_core.attention.paged import Floats, Scoring
-from engine_core.attention.torch_backend import store
 from engine_core.cpu_exp import exp
 from engine_core.cpu_jit import inner, njit, prange
 from engine_core.cpu_prefetch import prefetch
@@ -199,8 +199,8 @@ def _decode(
 
 
 @dataclass(slots=True)
-class CpuDecode:
-    """A pass of one token per request. `AttentionMetadata` for float32 on a CPU."""
+class CpuDecode(CpuAttention):
+    """A pass of one token per request."""
 
     slot_mapping: Tensor  # [num_reqs] of the new tokens
     block_tables: Tensor  # [num_reqs, max_blocks] int64
@@ -209,16 +209,6 @@ class CpuDecode:
 
     def __post_init__(self, context_lens: Sequence[int]) -> None:
         self._context_lens = np.array(context_lens)
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, scoring: Scoring
-    ) -> Tensor:
-        """See `AttentionMetadata`."""
-        store(key, value, key_cache, value_cache, self.slot_mapping)
-        output = torch.empty(query.shape)
-        queries = query.reshape(len(query), -1).contiguous().numpy()
-        self.attend_to_stored(queries, key_cache.numpy(), value_cache.numpy(), scoring, output.numpy())
-        return output
 
     def attend_to_stored(
         self, qkv: Floats, key_cache: Floats, value_cache: Floats, scoring: Scoring, output: Floats

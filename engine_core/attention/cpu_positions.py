@@ -9,46 +9,18 @@ Position p of them begins `stride` numbers after position p - 1.
 
 from typing import Any
 
-from llvmlite import binding, ir
-from numba.core import cgutils, types
+from llvmlite import ir
+from numba.core import types
 
 from engine_core.cpu_jit import intrinsic
+from engine_core.cpu_vectors import WIDTH, Int, Vector, VectorEmitter
 
-POSITIONS = 16 if binding.get_host_cpu_features().get("avx512f", False) else 8  # a vector of float32 numbers
+POSITIONS = WIDTH
 _MOST_PARTS = 4  # of the output at once
 
-_Float, _Int, _Index = ir.FloatType(), ir.IntType(64), ir.IntType(32)
-_Vector = ir.VectorType(_Float, POSITIONS)
-_FMA = ir.FunctionType(_Vector, [_Vector] * 3)
 
-
-class _Emitter:
-    """Writes loops over the numbers of a head. All addresses count float32 numbers."""
-
-    def __init__(self, builder: Any) -> None:
-        self.builder = builder
-        self._fma = cgutils.get_or_insert_function(builder.module, _FMA, f"llvm.fma.v{POSITIONS}f32")  # type: ignore[no-untyped-call]
-
-    def at(self, pointer: Any, *offsets: Any) -> Any:
-        for offset in offsets:
-            pointer = self.builder.gep(pointer, [offset], source_etype=_Float)
-        return pointer
-
-    def load(self, pointer: Any) -> Any:
-        return self.builder.load(self.builder.bitcast(pointer, _Vector.as_pointer()), align=4)
-
-    def store(self, vector: Any, pointer: Any) -> None:
-        self.builder.store(vector, self.builder.bitcast(pointer, _Vector.as_pointer()), align=4)
-
-    def multiply_add(self, factor: Any, other: Any, total: Any) -> Any:
-        return self.builder.call(self._fma, [factor, other, total])
-
-    def shuffle(self, first: Any, second: Any, lanes: list[int]) -> Any:
-        return self.builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_Index, len(lanes)), lanes))
-
-    def broadcast(self, number: Any) -> Any:
-        nothing = ir.Constant(_Vector, ir.Undefined)
-        return self.shuffle(self.builder.insert_element(nothing, number, _Index(0)), nothing, [0] * POSITIONS)
+class _Emitter(VectorEmitter):
+    """Writes loops over the numbers of a head."""
 
     def total_of_each(self, vectors: list[Any]) -> Any:
         """A vector of the totals of POSITIONS vectors, in their order."""
@@ -75,20 +47,20 @@ def _write_scores(_: Any, query: Any, keys: Any, start: Any, stride: Any, scores
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         query, keys, scores = (context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 1, 4))
-        emitter, zero = _Emitter(builder), ir.Constant(_Vector, None)
+        emitter, zero = _Emitter(builder), ir.Constant(Vector, None)
         first_key, head_dim = emitter.at(keys.data, arguments[2]), builder.extract_value(query.shape, 0)
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
         builder.position_at_end(loop)
-        d = builder.phi(_Int)
-        totals = [builder.phi(_Vector) for _ in range(POSITIONS)]
+        d = builder.phi(Int)
+        totals = [builder.phi(Vector) for _ in range(POSITIONS)]
         part = emitter.load(emitter.at(query.data, d))
         for position, total in enumerate(totals):
-            key = emitter.load(emitter.at(first_key, builder.mul(arguments[3], _Int(position)), d))
+            key = emitter.load(emitter.at(first_key, builder.mul(arguments[3], Int(position)), d))
             total.add_incoming(zero, before)
             total.add_incoming(emitter.multiply_add(part, key, total), loop)
-        following = builder.add(d, _Int(POSITIONS))
-        d.add_incoming(_Int(0), before)
+        following = builder.add(d, Int(POSITIONS))
+        d.add_incoming(Int(0), before)
         d.add_incoming(following, loop)
         builder.cbranch(builder.icmp_signed("<", following, head_dim), loop, after)
         builder.position_at_end(after)
@@ -112,23 +84,23 @@ def _write_values(_: Any, weights: Any, at: Any, values: Any, start: Any, stride
         emitter = _Emitter(builder)
         first_weight, first_value = emitter.at(weights.data, arguments[1]), emitter.at(values.data, arguments[3])
         head_dim = builder.extract_value(output.shape, 0)
-        d: Any = _Int(0)
+        d: Any = Int(0)
         for num_parts in (_MOST_PARTS, 1):
-            width = _Int(num_parts * POSITIONS)
+            width = Int(num_parts * POSITIONS)
             before, test, body, after = builder.block, *(builder.append_basic_block() for _ in range(3))
             builder.branch(test)
             builder.position_at_end(test)
-            now = builder.phi(_Int)
+            now = builder.phi(Int)
             following = builder.add(now, width)
             builder.cbranch(builder.icmp_signed("<=", following, head_dim), body, after)
             builder.position_at_end(body)
-            targets = [emitter.at(output.data, now, _Int(part * POSITIONS)) for part in range(num_parts)]
+            targets = [emitter.at(output.data, now, Int(part * POSITIONS)) for part in range(num_parts)]
             totals = [emitter.load(target) for target in targets]
             for position in range(POSITIONS):
-                weight = emitter.broadcast(builder.load(emitter.at(first_weight, _Int(position)), align=4))
-                value = emitter.at(first_value, builder.mul(arguments[4], _Int(position)), now)
+                weight = emitter.broadcast(builder.load(emitter.at(first_weight, Int(position)), align=4))
+                value = emitter.at(first_value, builder.mul(arguments[4], Int(position)), now)
                 totals = [
-                    emitter.multiply_add(weight, emitter.load(emitter.at(value, _Int(part * POSITIONS))), total)
+                    emitter.multiply_add(weight, emitter.load(emitter.at(value, Int(part * POSITIONS))), total)
                     for part, total in enumerate(totals)
                 ]
             for total, target in zip(totals, targets, strict=True):

@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine_core.attention.cpu_attention import CpuAttention
 from engine_core.attention.cpu_decode import softmax
 from engine_core.attention.paged import Floats, Scoring
-from engine_core.attention.torch_backend import PrefillSpan, store
+from engine_core.attention.torch_backend import PrefillSpan
 from engine_core.cpu_jit import inner, njit, prange
 from engine_core.cpu_kernels import PANEL, multiply_panel
 
@@ -162,8 +163,8 @@ def _prefill(
 
 
 @dataclass(slots=True)
-class CpuPrefill:
-    """A pass of prompt chunks. `AttentionMetadata` for float32 on a CPU."""
+class CpuPrefill(CpuAttention):
+    """A pass of prompt chunks."""
 
     slot_mapping: Tensor  # [num_tokens]
     spans: InitVar[Sequence[PrefillSpan]]
@@ -173,16 +174,6 @@ class CpuPrefill:
     def __post_init__(self, spans: Sequence[PrefillSpan]) -> None:
         self._spans = np.array([(span.query_start, span.query_end, span.start) for span in spans])
         self._block_tables = torch.stack([span.block_table for span in spans]).numpy()
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, scoring: Scoring
-    ) -> Tensor:
-        """See `AttentionMetadata`."""
-        store(key, value, key_cache, value_cache, self.slot_mapping)
-        output = torch.empty(query.shape)
-        queries = query.reshape(len(query), -1).contiguous().numpy()
-        self.attend_to_stored(queries, key_cache.numpy(), value_cache.numpy(), scoring, output.numpy())
-        return output
 
     def attend_to_stored(
         self, qkv: Floats, key_cache: Floats, value_cache: Floats, scoring: Scoring, output: Floats

@@ -39,19 +39,6 @@ class AttentionMetadata(Protocol):
         ...
 
 
-class CpuAttention(AttentionMetadata, Protocol):
-    """The same for passes that do not run a model's own code (`cpu_decoder`)."""
-
-    slot_mapping: Tensor  # [num_tokens]
-
-    def attend_to_stored(
-        self, qkv: Floats, key_cache: Floats, value_cache: Floats, scoring: Scoring, output: Floats
-    ) -> None:
-        """Fill output [num_tokens, num_heads, head_dim]; keys and values are in their slots already. qkv is
-        [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim or more]."""
-        ...
-
-
 class ForwardContext:
     """Hands the metadata of the current pass to the layers: the one thing that model code does not pass through."""
 

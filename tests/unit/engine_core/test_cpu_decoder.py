@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from engine_core.attention.cpu_attention import CpuAttention
 from engine_core.attention.cpu_decode import CpuDecode
 from engine_core.attention.cpu_prefill import CpuPrefill
-from engine_core.attention.paged import CpuAttention
 from engine_core.attention.torch_backend import PrefillSpan
 from engine_core.cpu_decoder import CpuDecoder, find_cpu_decoder
 from engine_core.cpu_runner import CpuRunner
