@@ -122,6 +122,12 @@ def test_a_slow_response_and_a_pipelined_request_are_not_cut_off(engine: FakeEng
         assert b'"finish_reason":"length"' in read_until(connection, b"[DONE]")
 
 
+def closed_connections(server: tuple[str, int]) -> list[GuardedProtocol]:
+    """What is still in memory of connections to `server` that are closed; other tests may have left theirs."""
+    connections = [it for it in gc.get_objects() if issubclass(type(it), GuardedProtocol)]
+    return [it for it in connections if it.server == server and it.transport.is_closing()]
+
+
 @pytest.mark.parametrize("reset", [False, True])
 def test_nothing_is_kept_of_a_connection_that_was_closed(frontend: RunningFrontend, reset: bool) -> None:
     gc.collect()  # what other tests left
@@ -133,8 +139,9 @@ def test_nothing_is_kept_of_a_connection_that_was_closed(frontend: RunningFronte
                 if reset:
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         deadline = time.monotonic() + TIMEOUT  # shorter than uvicorn's timeout for idle connections
-        while any(issubclass(type(it), GuardedProtocol) and it.transport.is_closing() for it in gc.get_objects()):
-            assert time.monotonic() < deadline
+        while kept := closed_connections(frontend.address):
+            assert time.monotonic() < deadline, [(it, gc.get_referrers(it)) for it in kept]
+            del kept
             time.sleep(0.1)
     finally:
         gc.enable()
