@@ -38,34 +38,34 @@ class _Emitter(VectorEmitter):
     def emit(self, x: Any, panels: Any, panel: Any, bias: Any, y: Any, num_inputs: Any, num_outputs: Any) -> None:
         """x and y point to the tile's first row, y also to its first column; bias likewise; `panel` is a number."""
         builder, rows = self.builder, range(self._num_rows)
-        first_line = self.at(panels, builder.mul(builder.mul(panel, num_inputs), _int(self._line)))
+        first_line = self.at(panels, builder.mul(builder.mul(panel, num_inputs), Int(self._line)))
         start = self._load_vectors(bias)
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
         builder.position_at_end(loop)
         k = builder.phi(Int)
         sums = [[builder.phi(Vector) for _ in start] for _ in rows]
-        line = self.at(first_line, builder.mul(k, _int(self._line)))
+        line = self.at(first_line, builder.mul(k, Int(self._line)))
         weights = self._load_line(line)
         if self._prefetches:
-            self.prefetch(self.at(line, _int(_AHEAD)), locality=3)
+            self.prefetch(self.at(line, Int(_AHEAD)), locality=3)
         for row, row_sums in zip(rows, sums, strict=True):
-            number = self.broadcast(builder.load(self.at(x, builder.mul(num_inputs, _int(row)), k), align=4))
+            number = self.broadcast(builder.load(self.at(x, builder.mul(num_inputs, Int(row)), k), align=4))
             for total, first, weight in zip(row_sums, start, weights, strict=True):
                 total.add_incoming(first, before)
                 total.add_incoming(self.multiply_add(number, weight, total), loop)
-        following = builder.add(k, _int(1))
-        k.add_incoming(_int(0), before)
+        following = builder.add(k, Int(1))
+        k.add_incoming(Int(0), before)
         k.add_incoming(following, loop)
         builder.cbranch(builder.icmp_signed("<", following, num_inputs), loop, after)
         builder.position_at_end(after)
         for row, row_sums in zip(rows, sums, strict=True):
-            targets = self._vectors_at(self.at(y, builder.mul(num_outputs, _int(row))))
+            targets = self._vectors_at(self.at(y, builder.mul(num_outputs, Int(row))))
             for total, target in zip(row_sums, targets, strict=True):
                 self.store(total.incomings[1][0], target)
 
     def _vectors_at(self, pointer: Any) -> list[Any]:
-        return [self.at(pointer, _int(vector * WIDTH)) for vector in range(_NUM_VECTORS)]
+        return [self.at(pointer, Int(vector * WIDTH)) for vector in range(_NUM_VECTORS)]
 
     def _load_vectors(self, pointer: Any) -> list[Any]:
         return [self.load(address) for address in self._vectors_at(pointer)]
@@ -78,10 +78,6 @@ class _Emitter(VectorEmitter):
         return [self.builder.bitcast(half, Vector) for half in (lower, upper)]
 
 
-def _int(value: int) -> ir.Constant:
-    return ir.Constant(Int, value)
-
-
 def _write_tile(_: Any, x: Any, panels: Any, bias: Any, y: Any, panel: Any, start: Any, end: Any) -> Any:
     """The outputs of rows start … end - 1, at most `_MOST_ROWS`, in one panel. Each number of rows has its own code."""
 
@@ -92,11 +88,11 @@ def _write_tile(_: Any, x: Any, panels: Any, bias: Any, y: Any, panel: Any, star
             for kind, array in zip(signature.args[:4], arrays, strict=True)
         )
         num_inputs, num_outputs = builder.extract_value(x.shape, 1), builder.extract_value(y.shape, 1)
-        column = builder.mul(panel, _int(PANEL))
+        column = builder.mul(panel, Int(PANEL))
         done = builder.append_basic_block()
         choice = builder.switch(builder.sub(end, start), done)
         for num_rows in range(1, _MOST_ROWS + 1):
-            choice.add_case(_int(num_rows), block := builder.append_basic_block())
+            choice.add_case(Int(num_rows), block := builder.append_basic_block())
             builder.position_at_end(block)
             emitter = _Emitter(builder, num_rows, in_pairs=signature.args[1].dtype == types.int32)
             emitter.emit(

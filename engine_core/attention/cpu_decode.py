@@ -122,21 +122,20 @@ def _attend(
     """Attend to positions [start, end)."""
     block_size = key_cache.shape[1]
     first_block, end_block = start // block_size, (end + block_size - 1) // block_size
-    scores = np.empty((len(query), (end_block - first_block) * block_size), np.float32)
+    origin = first_block * block_size  # the position of the first score
+    scores = np.empty((len(query), end_block * block_size - origin), np.float32)
     for index in range(first_block, end_block):
         position = index * block_size
         first, stop = max(start - position, 0), min(end - position, block_size)
         _prefetch_block(key_cache, blocks, position + block_size, end, kv_head)
-        _score_block(query, key_cache, blocks[index], first, stop, kv_head, scores, position - first_block * block_size)
+        _score_block(query, key_cache, blocks[index], first, stop, kv_head, scores, position - origin)
     for head in range(len(query)):
-        softmax(scores[head, start - first_block * block_size : end - first_block * block_size], softcap)
+        softmax(scores[head, start - origin : end - origin], softcap)
     for index in range(first_block, end_block):
         position = index * block_size
         first, stop = max(start - position, 0), min(end - position, block_size)
         _prefetch_block(value_cache, blocks, position + block_size, end, kv_head)
-        _add_block(
-            scores, position - first_block * block_size, value_cache, blocks[index], first, stop, kv_head, output
-        )
+        _add_block(scores, position - origin, value_cache, blocks[index], first, stop, kv_head, output)
 
 
 @inner(fastmath=True)
