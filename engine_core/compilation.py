@@ -4,22 +4,18 @@ All layers have the same code and shapes, and their weights and caches are input
 one of them compiles them all (regional compilation). The number of tokens is dynamic: prefill and decode share it too.
 """
 
-import os
-
 import torch
 from torch import nn
 
 from engine_core.model_loader import LoadedModel
 from engine_core.triton_launch import launches_overlap
-from minivllm.cache import cache_dir
 
 
 def compile_layers(loaded: LoadedModel) -> int:
     """Mark every decoder layer for compilation at its first call; returns how many were found."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir() / "triton"))
     torch._inductor.config.combo_kernels = True  # independent kernels side by side in one launch: q and k norms
     torch._inductor.config.triton.enable_pdl = launches_overlap(loaded.device)
+    torch._dynamo.config.specialize_float = True  # the operators take numbers: else found out, and all traced again
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     layers = decoder_layers(loaded)
     for layer in layers:

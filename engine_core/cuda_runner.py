@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 _Graph = TypeVar("_Graph")
 _PREFILL_BUCKETS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens
-_COMPILE_TOKENS = 2048  # tokens of the pass that inductor sees first and chooses its kernels for
+# Tokens of the pass that inductor sees first and chooses its kernels for. No width of a model: the compiler would take
+# equal sizes for one and the same, and compile again for other numbers of tokens.
+_COMPILE_TOKENS = 2032
 
 
 @dataclass(slots=True)

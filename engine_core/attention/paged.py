@@ -6,6 +6,7 @@ model code ─▶ paged_attention(module, q, k, v) ─▶ metadata of the pass .
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -45,11 +46,13 @@ class ForwardContext:
     metadata: AttentionMetadata
 
     def __init__(self) -> None:
-        self.number = id(self)
+        self.number = next(_numbers)
         _contexts[self.number] = self
 
 
-# Operators take tensors and numbers only, so compiled layers name their context by number.
+# Operators take tensors and numbers only, so compiled layers name their context by number: the same in every process,
+# because it is a constant of the compiled code, and another constant would not be found in the compiler's cache.
+_numbers = count()
 _contexts: MutableMapping[int, ForwardContext] = WeakValueDictionary()
 
 
