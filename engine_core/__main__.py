@@ -55,7 +55,10 @@ def _serve(config: ServeConfig, control: ControlChannel) -> None:
     # OpenMP reads it when torch loads it. Threads that spin while they wait for each other made a step 25 times
     # slower beside one other busy process; asleep, they cost a third of the speed when alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    from engine_core.engine import EngineCore  # seconds of imports: only now that a dead launcher is noticed
+    from engine_core.lean_imports import import_transformers
+
+    import_transformers()  # seconds, with torch: only now that a dead launcher is noticed
+    from engine_core.engine import EngineCore
     from engine_core.server import EngineServer
     from engine_core.stats import StatsLine
     from minivllm.model_store import resolve_model

@@ -17,13 +17,12 @@ FIRST_TOKEN = "first token"  # noqa: S105
 def main(config: EngineConfig, directory: Path) -> None:
     """Raises `StartupError`."""
     _report("importing torch and transformers")
-    import transformers
+    from engine_core.lean_imports import import_transformers
 
+    import_transformers()
     from engine_core.engine import EngineCore
     from minivllm.sampling_params import SamplingParams
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     engine = EngineCore(config, directory, _report)
     _report(READY)
     engine.add_request("first", [1, 2, 3], SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=2))
