@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import float32, int32
+from numba import int32
 
-from engine_core.cpu_jit import inner, intrinsic
+from engine_core.cpu_bits import bits, from_bits
+from engine_core.cpu_jit import inner
 
 _LOG2_E = np.float32(math.log2(math.e))
 _LOWEST = np.float32(-126.0)  # 2 to this is the smallest normal number; what is smaller may as well be it
@@ -17,18 +17,6 @@ _ROUND_BITS = 0x4B400000 - 127  # … and its bits, less the bias of an exponent
 _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(math.log(2) ** i / math.factorial(i)) for i in range(1, 7))
 
 
-@intrinsic
-def _bits(_: Any, number: Any) -> Any:
-    """The bits of a float32 as int32."""
-    return int32(float32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-@intrinsic
-def _from_bits(_: Any, bits: Any) -> Any:
-    """The float32 of these bits."""
-    return float32(int32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.FloatType())
-
-
 @inner(fastmath=False)  # said aloud: it would be inherited from the caller, and undo the rounding
 def exp(x: Any) -> Any:
     """e^x for x <= 0 within |x| + 2 roundings."""
@@ -36,5 +24,5 @@ def exp(x: Any) -> Any:
     shifted = t + _ROUND
     f = t - (shifted - _ROUND)
     fraction = np.float32(1.0) + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
-    exponent = (_bits(shifted) - int32(_ROUND_BITS)) << int32(23)
-    return fraction * _from_bits(int32(exponent))
+    exponent = (bits(shifted) - int32(_ROUND_BITS)) << int32(23)
+    return fraction * from_bits(int32(exponent))

@@ -22,7 +22,7 @@ os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")  # 
 
 import numba
 import numba.extending
-from numba import prange
+from numba import get_num_threads, prange
 
 # Divisions as in numpy: those of Python look for zeros before, which keeps LLVM from computing many at once.
 njit: Any = functools.partial(numba.njit, error_model="numpy", cache=True)
@@ -31,7 +31,7 @@ njit: Any = functools.partial(numba.njit, error_model="numpy", cache=True)
 inner: Any = functools.partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 intrinsic: Any = numba.extending.intrinsic  # what it decorates is called with other arguments than it has
 
-__all__ = ["inner", "intrinsic", "njit", "prange", "set_num_threads"]
+__all__ = ["get_num_threads", "inner", "intrinsic", "njit", "prange", "set_num_threads"]
 
 
 def set_num_threads(count: int) -> None:

@@ -31,33 +31,39 @@ class _Emitter(VectorEmitter):
     def __init__(self, builder: Any, num_rows: int, in_pairs: bool) -> None:
         super().__init__(builder)
         self._num_rows = num_rows
-        self._load_line = self._load_pairs if in_pairs else self._load_vectors
+        self._load_lines = self._load_pairs if in_pairs else self._load_line
+        self._step = 2 if in_pairs else 1  # lines of weights in a line of memory
         self._prefetches = in_pairs and num_rows > 1  # what goes at the speed of memory anyway does not gain
-        self._line = WIDTH if in_pairs else PANEL
 
     def emit(self, x: Any, panels: Any, panel: Any, bias: Any, y: Any, num_inputs: Any, num_outputs: Any) -> None:
         """x and y point to the tile's first row, y also to its first column; bias likewise; `panel` is a number."""
         builder, rows = self.builder, range(self._num_rows)
-        first_line = self.at(panels, builder.mul(builder.mul(panel, num_inputs), Int(self._line)))
+        num_lines = builder.sdiv(num_inputs, Int(self._step))
+        first_line = self.at(panels, builder.mul(builder.mul(panel, num_lines), Int(PANEL)))
         start = self._load_vectors(bias)
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
         builder.branch(loop)
         builder.position_at_end(loop)
         k = builder.phi(Int)
         sums = [[builder.phi(Vector) for _ in start] for _ in rows]
-        line = self.at(first_line, builder.mul(k, Int(self._line)))
-        weights = self._load_line(line)
+        memory = self.at(first_line, builder.mul(k, Int(PANEL)))
+        lines = self._load_lines(memory)
         if self._prefetches:
-            self.prefetch(self.at(line, Int(_AHEAD)), locality=3)
+            self.prefetch(self.at(memory, Int(_AHEAD)), locality=3)
         for row, row_sums in zip(rows, sums, strict=True):
-            number = self.broadcast(builder.load(self.at(x, builder.mul(num_inputs, Int(row)), k), align=4))
-            for total, first, weight in zip(row_sums, start, weights, strict=True):
-                total.add_incoming(first, before)
-                total.add_incoming(self.multiply_add(number, weight, total), loop)
+            totals = row_sums
+            for index, weights in enumerate(lines):
+                input_number = builder.add(builder.mul(k, Int(self._step)), Int(index))
+                number = self.at(x, builder.mul(num_inputs, Int(row)), input_number)
+                factor = self.broadcast(builder.load(number, align=4))
+                totals = [self.multiply_add(factor, *pair) for pair in zip(weights, totals, strict=True)]
+            for phi, first, total in zip(row_sums, start, totals, strict=True):
+                phi.add_incoming(first, before)
+                phi.add_incoming(total, loop)
         following = builder.add(k, Int(1))
         k.add_incoming(Int(0), before)
         k.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed("<", following, num_inputs), loop, after)
+        builder.cbranch(builder.icmp_signed("<", following, num_lines), loop, after)
         builder.position_at_end(after)
         for row, row_sums in zip(rows, sums, strict=True):
             targets = self._vectors_at(self.at(y, builder.mul(num_outputs, Int(row))))
@@ -70,12 +76,16 @@ class _Emitter(VectorEmitter):
     def _load_vectors(self, pointer: Any) -> list[Any]:
         return [self.load(address) for address in self._vectors_at(pointer)]
 
-    def _load_pairs(self, pointer: Any) -> list[Any]:
-        """The lower halves, then the upper ones. A bfloat16 is the upper half of a float32."""
-        pairs = self.builder.load(self.builder.bitcast(pointer, _Pairs.as_pointer()), align=4)
-        lower = self.builder.shl(pairs, ir.Constant(_Pairs, [16] * WIDTH))
-        upper = self.builder.and_(pairs, ir.Constant(_Pairs, [0xFFFF0000] * WIDTH))
-        return [self.builder.bitcast(half, Vector) for half in (lower, upper)]
+    def _load_line(self, pointer: Any) -> list[list[Any]]:
+        return [self._load_vectors(pointer)]
+
+    def _load_pairs(self, pointer: Any) -> list[list[Any]]:
+        """The line of the lower halves, then that of the upper ones. A bfloat16 is the upper half of a float32."""
+        builder = self.builder
+        pairs = [builder.bitcast(vector, _Pairs) for vector in self._load_vectors(pointer)]
+        lower = [builder.shl(pair, ir.Constant(_Pairs, [16] * WIDTH)) for pair in pairs]
+        upper = [builder.and_(pair, ir.Constant(_Pairs, [0xFFFF0000] * WIDTH)) for pair in pairs]
+        return [[builder.bitcast(half, Vector) for half in line] for line in (lower, upper)]
 
 
 def _write_tile(_: Any, x: Any, panels: Any, bias: Any, y: Any, panel: Any, start: Any, end: Any) -> Any:

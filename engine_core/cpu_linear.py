@@ -28,14 +28,15 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """weight [out_features, in_features]."""
         super().__init__()
-        from engine_core import cpu_kernels, cpu_panels  # numba: not needed on a GPU
+        from engine_core import cpu_kernels, cpu_panels, cpu_tiles  # numba: not needed on a GPU
 
         self.out_features, self.in_features = weight.shape
         self.panels = cpu_panels.Panels(weight)
         bias = weight.new_zeros(self.out_features) if bias is None else bias.detach()
         self._bias = pad(bias, (0, -self.out_features % cpu_kernels.PANEL)).numpy()
         self._panels = self.panels.data.numpy()
-        self._linear = cpu_kernels.linear
+        uses_tiles = self.panels.is_narrow and cpu_tiles.can_use_tiles()
+        self._linear = cpu_tiles.linear if uses_tiles else cpu_kernels.linear
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()

@@ -1,10 +1,12 @@
-"""A matrix of weights as the product in `cpu_kernels` reads it; at half the size where that loses nothing.
+"""A matrix of weights as the products read it; at half the size where that loses nothing.
 
-Models are published in bfloat16, so that the lower 16 bits of every weight are zero in float32. Two such weights share
-32 bits then, and taking them apart again costs the product nothing:
+Models are published in bfloat16, so that the lower 16 bits of every weight are zero in float32. Two such weights, of
+consecutive inputs, share 32 bits then:
 
-    float32   [num_panels, in, PANEL]                     w0 w1 … w31
-    bfloat16  [num_panels, in, PANEL / 2] int32           w16·w0 w17·w1 … w31·w15      upper half · lower half
+    float32   [num_panels, in, PANEL]            line k:  w0[k] … w31[k]
+    bfloat16  [num_panels, in / 2, PANEL] int32  line k:  w0[2k+1]·w0[2k] … w31[2k+1]·w31[2k]    upper half · lower half
+
+`cpu_kernels` takes them apart at no cost, and it is what the matrix unit of `cpu_tiles` multiplies.
 """
 
 import torch
@@ -13,8 +15,8 @@ from torch.nn.functional import pad
 
 from engine_core.cpu_kernels import PANEL
 
-_HALF = PANEL // 2
-_LOWER, _UPPER = 0xFFFF, -0x10000  # bits of an int32
+_LOWER = 0xFFFF  # bits of a float32 that a bfloat16 does not have
+_BLOCK = 32  # the number of inputs that the matrix unit adds up at once
 
 
 class Panels:
@@ -22,22 +24,13 @@ class Panels:
 
     def __init__(self, weight: Tensor) -> None:
         self.num_rows, num_inputs = weight.shape
-        padded = pad(weight.detach(), (0, 0, 0, -self.num_rows % PANEL))
-        panels = padded.view(-1, PANEL, num_inputs).transpose(1, 2)
-        self.is_narrow = not weight.detach().contiguous().view(torch.int32).bitwise_and(_LOWER).any()
-        self.data = _in_pairs(panels) if self.is_narrow else panels.contiguous()
+        padded = pad(weight.detach().contiguous(), (0, 0, 0, -self.num_rows % PANEL))
+        has_lower = bool(padded.view(torch.int32).bitwise_and(_LOWER).any())
+        self.is_narrow = num_inputs % _BLOCK == 0 and not has_lower
+        lines = padded.bfloat16().view(torch.int32) if self.is_narrow else padded
+        self.data = lines.view(-1, PANEL, lines.shape[1]).transpose(1, 2).contiguous()
 
     def rows(self, index: Tensor) -> Tensor:
         """weight[index], bit for bit."""
-        panel, column = index // PANEL, index % PANEL
-        if not self.is_narrow:
-            return self.data[panel, :, column]
-        pairs = self.data[panel, :, column % _HALF]
-        shift = torch.where(column < _HALF, 16, 0).to(torch.int32)
-        return pairs.bitwise_left_shift(shift[..., None]).bitwise_and(_UPPER).view(torch.float32)
-
-
-def _in_pairs(panels: Tensor) -> Tensor:
-    """[num_panels, in, PANEL] float32 to [num_panels, in, PANEL / 2] int32."""
-    bits = panels.contiguous().view(torch.int32)
-    return bits[..., :_HALF].bitwise_right_shift(16).bitwise_and(_LOWER).bitwise_or(bits[..., _HALF:])
+        numbers = self.data[index // PANEL, :, index % PANEL]
+        return numbers.contiguous().view(torch.bfloat16).float() if self.is_narrow else numbers

@@ -1,10 +1,13 @@
 """Fused and packed projections: the same logits, fewer and faster products."""
 
+import numpy as np
 import pytest
 import torch
+from numba import njit
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine_core import cpu_tiles
 from engine_core.cpu_linear import PackedEmbedding, PackedLinear, pack_linears, packed_bytes
 from engine_core.cpu_panels import Panels
 from engine_core.fusion import FusedLinear, _called_in_turn, fuse_projections
@@ -70,7 +73,7 @@ def bfloat16_numbers(num_rows: int, num_columns: int) -> torch.Tensor:
     return numbers
 
 
-@pytest.mark.parametrize(("num_rows", "num_columns"), [(96, 64), (33, 7), (1, 5)])
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(96, 64), (33, 32), (1, 96)])
 def test_panels_give_back_their_rows_at_half_the_size_where_that_is_exact(num_rows: int, num_columns: int) -> None:
     torch.manual_seed(num_rows)
     weight = bfloat16_numbers(num_rows, num_columns)
@@ -80,13 +83,17 @@ def test_panels_give_back_their_rows_at_half_the_size_where_that_is_exact(num_ro
     wide = Panels(weight_of_more)
     assert (narrow.is_narrow, wide.is_narrow) == (True, False)
     assert 2 * narrow.data.nbytes == wide.data.nbytes
+    assert not Panels(weight[:, 1:]).is_narrow  # the matrix unit takes 32 inputs at once
     index = torch.randint(0, num_rows, (2, 9))
     assert torch.equal(narrow.rows(index).view(torch.int32), weight[index].view(torch.int32))
     assert torch.equal(wide.rows(index).view(torch.int32), weight_of_more[index].view(torch.int32))
 
 
-@pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (33, 7)])
-def test_narrow_weights_change_no_bit_of_a_product(out_features: int, in_features: int) -> None:
+@pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (33, 32)])
+def test_narrow_weights_change_no_bit_of_a_product_of_vectors(
+    out_features: int, in_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_tiles, "can_use_tiles", lambda: False)
     torch.manual_seed(out_features)
     weight, bias = torch.randn(out_features, in_features).bfloat16().float(), torch.randn(out_features + 1)
     narrow = PackedLinear(weight, bias[:-1])
@@ -96,6 +103,37 @@ def test_narrow_weights_change_no_bit_of_a_product(out_features: int, in_feature
     with torch.inference_mode():
         for num_rows in range(1, 23):
             assert torch.equal(narrow(x[:num_rows]), wide(x[:num_rows])[:, :-1])
+
+
+@pytest.mark.skipif(not cpu_tiles.can_use_tiles(), reason="needs a CPU with AMX")
+@pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (33, 32), (600, 576)])
+def test_the_matrix_unit_is_exact_but_for_the_order_of_sums(
+    out_features: int, in_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(out_features)
+    weight, bias = torch.randn(out_features, in_features).bfloat16().float(), torch.randn(out_features)
+    by_tiles = PackedLinear(weight, bias)
+    monkeypatch.setattr(cpu_tiles, "can_use_tiles", lambda: False)
+    by_vectors = PackedLinear(weight, bias)
+    x = torch.randn(70, in_features)
+    expected = x.double() @ weight.double().T + bias
+    with torch.inference_mode():
+        all_rows = by_tiles(x)
+        assert not torch.equal(all_rows, by_vectors(x))
+        errors = [(packed(x) - expected).norm() for packed in (by_tiles, by_vectors)]
+        assert errors[0] <= errors[1]
+        for num_rows in (1, 2, 15, 16, 17, 31, 32, 33, 48, 49, 64):
+            assert torch.equal(by_tiles(x[:num_rows]), all_rows[:num_rows])
+
+
+def test_a_number_is_split_into_three_bfloat16_numbers_exactly() -> None:
+    x = torch.randn(16, 64) * 10.0 ** torch.randint(-20, 20, (16, 64))
+    x[0, :3] = torch.tensor([0.0, -1.0, torch.finfo(torch.float32).max])
+    parts = np.empty((2, 3, 16, 32), np.int16)
+    njit(cpu_tiles._split_rows.py_func)(x.numpy(), parts)
+    numbers = torch.from_numpy(parts).view(torch.bfloat16)
+    total = numbers.double().sum(1)  # [2, 16, 32]
+    assert torch.equal(total.transpose(0, 1).reshape(16, 64), x.double())
 
 
 @pytest.mark.parametrize("kind", sorted(TINY_MODELS))
