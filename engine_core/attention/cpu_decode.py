@@ -1,8 +1,8 @@
 """Paged decode attention on a CPU in float32: K and V are read where they lie, once, for exactly the tokens there are.
 
-A task is one request and the query heads that share a K/V head, or some of them where there are few requests: score all
-keys, softmax, sum the values. Tasks are compiled by numba and shared among its threads; a head's numbers are the same
-in every task.
+A task is one request, or some of its query heads where there are few requests: score all keys, softmax, sum the values.
+With all heads it reads whole blocks, from front to back. Tasks are compiled by numba and shared among its threads; a
+head's numbers are the same in every task.
 """
 
 import math
@@ -20,9 +20,8 @@ from engine_core.attention.cpu_positions import POSITIONS, add_positions, score_
 from engine_core.attention.paged import Floats, Scoring
 from engine_core.cpu_exp import exp
 from engine_core.cpu_jit import inner, njit, prange
-from engine_core.cpu_prefetch import prefetch
 
-_FEW_TASKS = 16  # several for each thread: fewer would be shared unevenly
+_MANY_TASKS = 8  # a few for each thread: fewer would be shared unevenly
 
 
 @inner(fastmath=True)
@@ -53,10 +52,20 @@ def _score(query: Any, key: Any, scores: Any, at: Any) -> None:
 
 
 @inner()
+def _index(cache: Any, block: Any, offset: Any, kv_head: Any) -> Any:
+    """Of the first number of a position's head in `cache`, as if it had one dimension."""
+    _, block_size, num_kv_heads, head_dim = cache.shape
+    return ((block * block_size + offset) * num_kv_heads + kv_head) * head_dim
+
+
+@inner()
 def _score_block(
-    query: Any, key_cache: Any, block: Any, first: Any, end: Any, kv_head: Any, scores: Any, at: Any
+    query: Any, key_cache: Any, block: Any, ahead: Any, first: Any, end: Any, kv_head: Any, scores: Any, at: Any
 ) -> None:
-    """scores [group, at + first …] = query [group, head_dim] · the keys at [first, end) of a block, and some more."""
+    """scores [group, at + first …] = query [group, head_dim] · the keys at [first, end) of a block, and some more.
+
+    `ahead` is the block that is read next.
+    """
     _, block_size, num_kv_heads, head_dim = key_cache.shape
     if head_dim % POSITIONS or block_size % POSITIONS:
         for offset in range(first, end):
@@ -64,9 +73,10 @@ def _score_block(
         return
     stride = num_kv_heads * head_dim
     for offset in range(first - first % POSITIONS, end, POSITIONS):
-        start = (block * block_size + offset) * stride + kv_head * head_dim
-        for head in range(len(query)):
-            score_positions(query[head], key_cache, start, stride, scores, head * scores.shape[1] + at + offset)
+        start, next_start = _index(key_cache, block, offset, kv_head), _index(key_cache, ahead, offset, kv_head)
+        score_positions(query[0], key_cache, start, stride, scores, at + offset, next_start)
+        for head in range(1, len(query)):
+            score_positions(query[head], key_cache, start, stride, scores, head * scores.shape[1] + at + offset, None)
 
 
 @inner(fastmath=True)
@@ -79,17 +89,19 @@ def _add_value(weights: Any, at: Any, value: Any, output: Any) -> None:
 
 @inner()
 def _add_block(
-    weights: Any, at: Any, value_cache: Any, block: Any, first: Any, end: Any, kv_head: Any, output: Any
+    weights: Any, at: Any, value_cache: Any, block: Any, ahead: Any, first: Any, end: Any, kv_head: Any, output: Any
 ) -> None:
     """output [group, head_dim] += weights [group, at + first …] · the values at [first, end) of a block."""
-    _, block_size, num_kv_heads, head_dim = value_cache.shape
+    _, _, num_kv_heads, head_dim = value_cache.shape
     stride, are_vectors = num_kv_heads * head_dim, head_dim % POSITIONS == 0
     offset = first
     while offset < end:
         if are_vectors and offset + POSITIONS <= end:
-            start = (block * block_size + offset) * stride + kv_head * head_dim
-            for head in range(len(output)):
-                add_positions(weights, head * weights.shape[1] + at + offset, value_cache, start, stride, output[head])
+            start, next_start = _index(value_cache, block, offset, kv_head), _index(value_cache, ahead, offset, kv_head)
+            add_positions(weights, at + offset, value_cache, start, stride, output[0], next_start)
+            for head in range(1, len(output)):
+                weight = head * weights.shape[1] + at + offset
+                add_positions(weights, weight, value_cache, start, stride, output[head], None)
             offset += POSITIONS
         else:
             _add_value(weights, at + offset, value_cache[block, offset, kv_head], output)
@@ -97,22 +109,12 @@ def _add_block(
 
 
 @inner()
-def _prefetch_block(cache: Any, blocks: Any, start: Any, end: Any, kv_head: Any) -> None:
-    """Positions [start, end), as many as the block of the first has. One head's vectors lie apart, and the blocks
-    anywhere: no core foresees what is read next."""
-    block_size, num_kv_heads, head_dim = cache.shape[1:]
-    if start < end:
-        first = (blocks[start // block_size] * block_size * num_kv_heads + kv_head) * head_dim
-        for i in range(min(block_size, end - start)):
-            prefetch(cache, first + i * num_kv_heads * head_dim, head_dim)
-
-
-@inner()
 def _attend(
-    query: Any,  # [group, head_dim], scaled
+    query: Any,  # [num_heads, head_dim], scaled: of one K/V head, or all that share some
     key_cache: Any,  # [num_blocks, block_size, num_kv_heads, head_dim]
     value_cache: Any,
-    kv_head: Any,
+    first_kv_head: Any,
+    end_kv_head: Any,
     blocks: Any,  # [max_blocks]
     start: Any,
     end: Any,
@@ -120,22 +122,26 @@ def _attend(
     output: Any,  # like query, zeros
 ) -> None:
     """Attend to positions [start, end)."""
-    block_size = key_cache.shape[1]
+    block_size, group = key_cache.shape[1], len(query) // (end_kv_head - first_kv_head)
     first_block, end_block = start // block_size, (end + block_size - 1) // block_size
     origin = first_block * block_size  # the position of the first score
     scores = np.empty((len(query), end_block * block_size - origin), np.float32)
     for index in range(first_block, end_block):
-        position = index * block_size
-        first, stop = max(start - position, 0), min(end - position, block_size)
-        _prefetch_block(key_cache, blocks, position + block_size, end, kv_head)
-        _score_block(query, key_cache, blocks[index], first, stop, kv_head, scores, position - origin)
+        block, ahead, at = blocks[index], blocks[min(index + 1, end_block - 1)], index * block_size - origin
+        first, stop = max(start - origin - at, 0), min(end - origin - at, block_size)
+        for kv_head in range(first_kv_head, end_kv_head):
+            head = (kv_head - first_kv_head) * group
+            sharing, rows = query[head : head + group], scores[head : head + group]
+            _score_block(sharing, key_cache, block, ahead, first, stop, kv_head, rows, at)
     for head in range(len(query)):
         softmax(scores[head, start - origin : end - origin], softcap)
     for index in range(first_block, end_block):
-        position = index * block_size
-        first, stop = max(start - position, 0), min(end - position, block_size)
-        _prefetch_block(value_cache, blocks, position + block_size, end, kv_head)
-        _add_block(scores, position - origin, value_cache, blocks[index], first, stop, kv_head, output)
+        block, ahead, at = blocks[index], blocks[min(index + 1, end_block - 1)], index * block_size - origin
+        first, stop = max(start - origin - at, 0), min(end - origin - at, block_size)
+        for kv_head in range(first_kv_head, end_kv_head):
+            head = (kv_head - first_kv_head) * group
+            sharing, rows = output[head : head + group], scores[head : head + group]
+            _add_block(rows, at, value_cache, block, ahead, first, stop, kv_head, sharing)
 
 
 @inner(fastmath=True)
@@ -159,22 +165,23 @@ def _run_task(
     scaling: Any,
     window: Any,
     softcap: Any,
-    num_splits: Any,
+    num_splits: Any,  # tasks of a request: 1, or a multiple of the K/V heads that divides the heads
     outputs: Any,  # [num_reqs, num_heads, head_dim]
 ) -> None:
     num_heads, head_dim = outputs.shape[1:]
-    num_kv_heads = key_cache.shape[2]
-    group = num_heads // num_kv_heads
-    request, rest = task // (num_kv_heads * num_splits), task % (num_kv_heads * num_splits)
-    kv_head, split = rest // num_splits, rest % num_splits
-    first = kv_head * group + split * group // num_splits
-    end = kv_head * group + (split + 1) * group // num_splits
+    group = num_heads // key_cache.shape[2]
+    request, split = task // num_splits, task % num_splits
+    first, end = num_heads * split // num_splits, num_heads * (split + 1) // num_splits
     output = outputs[request, first:end]
     query = np.empty((end - first, head_dim), np.float32)
     _start(queries[request], first, scaling, query, output)
     context_len = context_lens[request]
     start = max(0, context_len - window)
-    _attend(query, key_cache, value_cache, kv_head, block_tables[request], start, context_len, softcap, output)
+    first_kv_head, end_kv_head = first // group, (end + group - 1) // group
+    _attend(
+        query, key_cache, value_cache, first_kv_head, end_kv_head, block_tables[request], start, context_len, softcap,
+        output,
+    )  # fmt: skip
 
 
 @njit(parallel=True)  # a loop of calls: whatever else stands here costs seconds to compile
@@ -190,7 +197,7 @@ def _decode(
     num_splits: Any,
     outputs: Any,
 ) -> None:
-    for task in prange(len(queries) * key_cache.shape[2] * num_splits):
+    for task in prange(len(queries) * num_splits):
         _run_task(
             np.int64(task), queries, key_cache, value_cache, block_tables, context_lens, scaling, window, softcap,
             num_splits, outputs,
@@ -213,8 +220,7 @@ class CpuDecode(CpuAttention):
         self, qkv: Floats, key_cache: Floats, value_cache: Floats, scoring: Scoring, output: Floats
     ) -> None:
         """See `CpuAttention`."""
-        num_heads, num_kv_heads = output.shape[1], key_cache.shape[2]
-        are_few = len(qkv) * num_kv_heads < _FEW_TASKS
+        choices = 1, key_cache.shape[2], output.shape[1]
         _decode(
             qkv,
             key_cache,
@@ -224,7 +230,7 @@ class CpuDecode(CpuAttention):
             np.float32(scoring.scaling),
             scoring.window or 2**31,
             np.float32(scoring.softcap or 0.0),
-            num_heads // num_kv_heads if are_few else 1,
+            next((choice for choice in choices if len(qkv) * choice >= _MANY_TASKS), choices[-1]),
             output,
         )
 

@@ -4,7 +4,8 @@
              transposed, so that adding vectors adds up the numbers of each: log2(POSITIONS) steps for all of them
     values   a part of the output stays in registers while the positions go by
 
-Position p of them begins `stride` numbers after position p - 1.
+Position p of them begins `stride` numbers after position p - 1. Blocks lie anywhere, and no core foresees which is read
+next: while these positions go by, those at `ahead` are asked for, a cache line for each that is read.
 """
 
 from typing import Any
@@ -38,11 +39,11 @@ class _Emitter(VectorEmitter):
         return vectors[0]
 
 
-def _write_scores(_: Any, query: Any, keys: Any, start: Any, stride: Any, scores: Any, at: Any) -> Any:
-    """`score_positions(query, keys, start, stride, scores, at)`: scores[at …] = query [head_dim] · the keys.
+def _write_scores(_: Any, query: Any, keys: Any, start: Any, stride: Any, scores: Any, at: Any, ahead: Any) -> Any:
+    """`score_positions(query, keys, start, stride, scores, at, ahead)`: scores[at …] = query [head_dim] · the keys.
 
-    keys, scores: contiguous arrays; start, at: indices into them, as if they had one dimension. head_dim: a multiple
-    of POSITIONS.
+    keys, scores: contiguous arrays; start, at, ahead: indices into them, as if they had one dimension; `ahead` may be
+    None. head_dim: a multiple of POSITIONS.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -56,9 +57,11 @@ def _write_scores(_: Any, query: Any, keys: Any, start: Any, stride: Any, scores
         totals = [builder.phi(Vector) for _ in range(POSITIONS)]
         part = emitter.load(emitter.at(query.data, d))
         for position, total in enumerate(totals):
-            key = emitter.load(emitter.at(first_key, builder.mul(arguments[3], Int(position)), d))
+            offset = builder.add(builder.mul(arguments[3], Int(position)), d)
+            if ahead != types.none:
+                emitter.prefetch(emitter.at(keys.data, arguments[6], offset), locality=2)
             total.add_incoming(zero, before)
-            total.add_incoming(emitter.multiply_add(part, key, total), loop)
+            total.add_incoming(emitter.multiply_add(part, emitter.load(emitter.at(first_key, offset)), total), loop)
         following = builder.add(d, Int(POSITIONS))
         d.add_incoming(Int(0), before)
         d.add_incoming(following, loop)
@@ -68,13 +71,13 @@ def _write_scores(_: Any, query: Any, keys: Any, start: Any, stride: Any, scores
         emitter.store(sums, emitter.at(scores.data, arguments[5]))
         return context.get_dummy_value()
 
-    return types.void(query, keys, types.int64, types.int64, scores, types.int64), emit
+    return types.void(query, keys, types.int64, types.int64, scores, types.int64, ahead), emit
 
 
-def _write_values(_: Any, weights: Any, at: Any, values: Any, start: Any, stride: Any, output: Any) -> Any:
-    """`add_positions(weights, at, values, start, stride, output)`: output [head_dim] += weights[at …] · the values.
+def _write_values(_: Any, weights: Any, at: Any, values: Any, start: Any, stride: Any, output: Any, ahead: Any) -> Any:
+    """`add_positions(weights, at, values, start, stride, output, ahead)`, arguments as those of `score_positions`:
 
-    As in `score_positions`.
+    output [head_dim] += weights[at …] · the values.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -98,11 +101,13 @@ def _write_values(_: Any, weights: Any, at: Any, values: Any, start: Any, stride
             totals = [emitter.load(target) for target in targets]
             for position in range(POSITIONS):
                 weight = emitter.broadcast(builder.load(emitter.at(first_weight, Int(position)), align=4))
-                value = emitter.at(first_value, builder.mul(arguments[4], Int(position)), now)
-                totals = [
-                    emitter.multiply_add(weight, emitter.load(emitter.at(value, Int(part * POSITIONS))), total)
-                    for part, total in enumerate(totals)
-                ]
+                offset = builder.add(builder.mul(arguments[4], Int(position)), now)
+                for part, total in enumerate(totals):
+                    place = offset, Int(part * POSITIONS)
+                    if ahead != types.none:
+                        emitter.prefetch(emitter.at(values.data, arguments[6], *place), locality=2)
+                    value = emitter.load(emitter.at(first_value, *place))
+                    totals[part] = emitter.multiply_add(weight, value, total)
             for total, target in zip(totals, targets, strict=True):
                 emitter.store(total, target)
             builder.branch(test)
@@ -112,7 +117,7 @@ def _write_values(_: Any, weights: Any, at: Any, values: Any, start: Any, stride
             d = now
         return context.get_dummy_value()
 
-    return types.void(weights, types.int64, values, types.int64, types.int64, output), emit
+    return types.void(weights, types.int64, values, types.int64, types.int64, output, ahead), emit
 
 
 score_positions, add_positions = intrinsic(_write_scores), intrinsic(_write_values)
