@@ -49,7 +49,8 @@ class _Emitter(VectorEmitter):
         memory = self.at(first_line, builder.mul(k, Int(PANEL)))
         lines = self._load_lines(memory)
         if self._prefetches:
-            self.prefetch(self.at(memory, Int(_AHEAD)), locality=3)
+            for address in self._vectors_at(self.at(memory, Int(_AHEAD))):
+                self.prefetch(address, locality=3)
         for row, row_sums in zip(rows, sums, strict=True):
             totals = row_sums
             for index, weights in enumerate(lines):

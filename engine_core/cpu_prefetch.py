@@ -23,6 +23,6 @@ def _prefetch_line(_: Any, array: Any, index: Any) -> Any:
 
 @inner()
 def prefetch(array: Any, start: Any, width: Any) -> None:
-    """For compiled code: begin to bring numbers [start, start + width) of a contiguous float32 array to this core."""
+    """For compiled code: begin to bring numbers [start, start + width) of a contiguous array, 32 bits each."""
     for line in range(0, width, _CACHE_LINE):
         _prefetch_line(array, start + line)

@@ -2,7 +2,7 @@
 
 The unit multiplies tiles of bfloat16 and adds up in float32, at sixteen times the rate of vectors. A float32 number is
 the sum of three bfloat16 numbers, exactly (8 + 8 + 8 bits of significand), so three products of tiles make one product
-of float32 numbers; rounding is only in the sums, as elsewhere.
+of float32 numbers; rounding is only in the sums, as elsewhere. (What is below 2^-126 counts as 0.)
 
     x [16 rows, 32 inputs] = high + middle + low       y [16 rows, 16 outputs] += part · Wᵀ for each part, in order
     W: 16 lines of pairs, see `cpu_panels`             two tiles of rows by two of outputs stay in the unit
