@@ -33,7 +33,7 @@ class _Emitter(VectorEmitter):
         self._num_rows = num_rows
         self._load_lines = self._load_pairs if in_pairs else self._load_line
         self._step = 2 if in_pairs else 1  # lines of weights in a line of memory
-        self._prefetches = in_pairs and num_rows > 1  # what goes at the speed of memory anyway does not gain
+        self._prefetches = num_rows > 1  # one row goes at the speed of memory anyway
 
     def emit(self, x: Any, panels: Any, panel: Any, bias: Any, y: Any, num_inputs: Any, num_outputs: Any) -> None:
         """x and y point to the tile's first row, y also to its first column; bias likewise; `panel` is a number."""
