@@ -32,9 +32,10 @@ logger = logging.getLogger(__name__)
 
 _Graph = TypeVar("_Graph")
 _PREFILL_BUCKETS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens
-# Tokens of the pass that inductor sees first and chooses its kernels for. No width of a model: the compiler would take
-# equal sizes for one and the same, and compile again for other numbers of tokens.
-_COMPILE_TOKENS = 2032
+# Tokens of the pass that inductor sees first and chooses its kernels for. Few: it then keeps a reduction in registers,
+# which is faster for many tokens, too (a third of the time where queries and keys are normalized and rotated). And no
+# width of a model: the compiler would take equal sizes for one and the same, and compile again for others.
+_COMPILE_TOKENS = 7
 
 
 @dataclass(slots=True)
@@ -79,7 +80,8 @@ class CudaRunner(ModelRunner):
         self._max_num_seqs = max_num_seqs
         heads, layout = loaded.num_heads, pool.layout
         self._splits = SplitBuffers.allocate(max_num_seqs, heads, layout.num_kv_heads, layout.head_dim, loaded.device)
-        self._row_buffer = torch.full((max_num_seqs,), self.rows.scratch_row, dtype=torch.int64, device=self.device)
+        self._decode_inputs = torch.arange(max_num_seqs, device=self.device).repeat(2, 1)  # order and rows of a pass
+        self._decode_inputs[1] = self.rows.scratch_row
         self._rows_sent: list[int] = []
         self._decode_graphs: dict[int, _DecodeGraph] = {}
         self._prefill_graphs: dict[int, _PrefillGraph] = {}
@@ -134,13 +136,13 @@ class CudaRunner(ModelRunner):
         """See `ModelRunner`."""
         num_reqs = len(batch.requests)
         size = next((size for size in reversed(self._decode_graphs) if size >= num_reqs), num_reqs)
-        rows = self._send_rows([request.row for request in batch.requests], size)
+        rows = self._send_rows(batch, size)
         captured = self._decode_graphs.get(size)
         if captured is not None:
             captured.graph.replay()
             logits, tokens = captured.logits, captured.tokens
         else:
-            logits, tokens = self._decode_pass(rows)
+            logits, tokens = self._decode_pass(size)
         logits = logits[:num_reqs]
         return self._sampled(logits, self._refine(logits, tokens[:num_reqs], batch, rows[:num_reqs]), batch)
 
@@ -167,18 +169,24 @@ class CudaRunner(ModelRunner):
         tokens = self._refine(logits, self._sample(logits, sampled), batch, sampled)
         return self._sampled(logits, tokens, batch, prompt_logprobs)
 
-    def _send_rows(self, rows: list[int], size: int) -> Tensor:
-        """The rows [size] of a pass, padded with the scratch row; sent only when they differ from the last pass."""
-        padded = rows + [self.rows.scratch_row] * (size - len(rows))
-        if padded != self._rows_sent:
-            self._rows_sent = []  # unknown, should the copy fail
-            self._row_buffer[:size].copy_(torch.tensor(padded).pin_memory(), non_blocking=True)
-            self._rows_sent = padded
-        return self._row_buffer[:size]
+    def _send_rows(self, batch: Batch, size: int) -> Tensor:
+        """The rows [size] of a pass, padded with the scratch row; sent only when they differ from the last pass.
 
-    def _decode_pass(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and tokens of `rows`, which advance. Everything a decode graph holds."""
-        metadata = TritonDecode(rows, self.rows.lengths, self.rows.block_table, self._splits)
+        The order stays right meanwhile: all contexts grow alike.
+        """
+        padded = [request.row for request in batch.requests] + [self.rows.scratch_row] * (size - len(batch.requests))
+        if padded != self._rows_sent:
+            order = sorted(range(size), key=lambda index: -batch.starts[index] if index < len(batch.starts) else 0)
+            self._rows_sent = []  # unknown, should the copy fail
+            inputs = torch.tensor([order, padded]).pin_memory()
+            self._decode_inputs[:, :size].copy_(inputs, non_blocking=True)
+            self._rows_sent = padded
+        return self._decode_inputs[1, :size]
+
+    def _decode_pass(self, size: int) -> tuple[Tensor, Tensor]:
+        """Logits and tokens of the rows that were sent, which advance. Everything a decode graph holds."""
+        order, rows = self._decode_inputs[:, :size]
+        metadata = TritonDecode(order, rows, self.rows.lengths, self.rows.block_table, self._splits)
         logits = self.forward(self.rows.last_token[rows], self.rows.lengths[rows] - 1, metadata)
         return logits, self._sample(logits, rows)
 
@@ -209,11 +217,10 @@ class CudaRunner(ModelRunner):
         return captured.logits
 
     def _capture_decode(self, size: int, pool: Any) -> _DecodeGraph:
-        rows = self._row_buffer[:size]
-        self._decode_pass(rows)  # kernels of this size are compiled and chosen outside the capture
+        self._decode_pass(size)  # kernels of this size are compiled and chosen outside the capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits, tokens = self._decode_pass(rows)
+            logits, tokens = self._decode_pass(size)
         return _DecodeGraph(graph, logits, tokens)
 
     def _capture_prefill(self, size: int, pool: Any) -> _PrefillGraph:

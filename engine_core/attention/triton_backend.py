@@ -30,6 +30,7 @@ class TritonPrefill:
 class TritonDecode:
     """A pass of one token per request."""
 
+    order: Tensor  # [num_reqs] int64, longest contexts first
     rows: Tensor  # [num_reqs] int64
     lengths: Tensor  # [num_rows] int64
     block_table: Tensor  # [num_rows, max_blocks] int64
@@ -40,6 +41,6 @@ class TritonDecode:
     ) -> Tensor:
         """See `AttentionMetadata`."""
         return paged_decode(
-            query, key, value, key_cache, value_cache, self.rows, self.lengths, self.block_table, self.buffers,
-            scoring.scaling, scoring.window, scoring.softcap,
+            query, key, value, key_cache, value_cache, self.order, self.rows, self.lengths, self.block_table,
+            self.buffers, scoring.scaling, scoring.window, scoring.softcap,
         )  # fmt: skip

@@ -1,6 +1,8 @@
 """Paged decode attention in one Triton kernel: store the new token's K/V, attend over the past, merge the splits.
 
-    grid       request × kv head × split       each program reads its share of the keys once, TILE keys at a time
+    grid       kv head × request × split    each program reads its share of the keys once, a tile at a time
+    order      longest contexts first       so that none of them is the last to end, when most of the GPU is idle again
+    blocks     one tile ahead               where a tile's keys lie is known before the loop gets to it
     split 0    starts from the new token, whose K/V come from registers and go to the cache on the way
     last one   of the splits of a (request, head) to arrive merges them all: no second kernel, no synchronisation
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from engine_core.triton_launch import launch_options, launches_overlap, wait_for_earlier_kernels
 
 NO_WINDOW = 1 << 30
-_TARGET_PROGRAMS = 2048  # enough to keep every multiprocessor of a large GPU busy
+_TARGET_PROGRAMS = 1024  # enough to keep every multiprocessor of a large GPU busy
 
 
 class Shape(NamedTuple):
@@ -26,16 +28,16 @@ class Shape(NamedTuple):
 
     tile: int  # keys
     warps: int
-    stages: int  # of the software pipeline; the block table takes one
+    stages: int  # of the software pipeline
     min_keys: int  # fewest keys per split
-    masks_all: bool  # every tile, not only the last one: less code, for large tiles
 
 
 # (most (request, kv head) pairs, shape), as measured fastest on an H200
 SHAPES = (
-    (128, Shape(128, 4, 2, 128, masks_all=True)),
-    (512, Shape(32, 1, 3, 192, masks_all=False)),
-    (1 << 30, Shape(128, 4, 2, 256, masks_all=True)),
+    (32, Shape(128, 4, 2, 128)),
+    (256, Shape(32, 1, 3, 128)),
+    (1100, Shape(32, 1, 4, 512)),
+    (1 << 30, Shape(32, 1, 3, 512)),
 )
 
 
@@ -48,46 +50,25 @@ def to_base_2(products, scaling, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    peak, total, acc, query, keys, position, dims, dim_ok,
-    table_ptr, key_cache_ptr, value_cache_ptr, cache_stride_b, cache_stride_t, scaling, softcap,
-    BLOCK_SIZE: tl.constexpr, ALL_DIMS: tl.constexpr, NARROW: tl.constexpr, MASKED: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax, over the tile `keys`; those from `position` on do not count."""
-    key_ok = keys < position if MASKED else tl.full(keys.shape, True, tl.int1)
-    load_ok = key_ok[:, None] if ALL_DIMS else key_ok[:, None] & dim_ok[None, :]
-    block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=key_ok, other=0)
-    if NARROW:
-        block = block.to(tl.int32)
-    at = block * cache_stride_b + (keys % BLOCK_SIZE) * cache_stride_t  # [TILE]
-    key = tl.load(key_cache_ptr + at[:, None] + dims[None, :], mask=load_ok, other=0.0)  # [TILE, HEAD_PAD]
-    value = tl.load(value_cache_ptr + at[:, None] + dims[None, :], mask=load_ok, other=0.0)
-    products = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [GROUP_PAD, TILE]
-    scores = to_base_2(products, scaling, softcap, SOFTCAP)
-    if MASKED:
-        scores = tl.where(key_ok[None, :], scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    probs = tl.exp2(scores - new_peak[:, None])
-    decay = tl.exp2(peak - new_peak)
-    total = total * decay + tl.sum(probs, 1)
-    acc = acc * decay[:, None] + tl.dot(probs.to(value.dtype), value, input_precision=PRECISION)
-    return new_peak, total, acc
+def blocks_of(table_ptr, keys, end, BLOCK_SIZE: tl.constexpr, NARROW: tl.constexpr):
+    """Blocks that hold `keys`; of those from `end` on, any."""
+    block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end, other=0)
+    return block.to(tl.int32) if NARROW else block
 
 
 @triton.jit(do_not_specialize=["most_splits", "min_tiles"])
 def _decode_kernel(
     out_ptr, query_ptr, key_ptr, value_ptr, key_cache_ptr, value_cache_ptr,
-    rows_ptr, lengths_ptr, table_ptr, part_ptr, part_peak_ptr, part_total_ptr, arrivals_ptr,
+    order_ptr, rows_ptr, lengths_ptr, table_ptr, part_ptr, part_peak_ptr, part_total_ptr, arrivals_ptr,
     scaling, softcap, window, most_splits, min_tiles,
     query_stride_t, query_stride_h, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
     cache_stride_b, cache_stride_t, cache_stride_h, table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    NARROW: tl.constexpr, TILE: tl.constexpr, MASKS_ALL: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
+    NARROW: tl.constexpr, TILE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    request, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, split = tl.program_id(0), tl.program_id(2)
+    request = tl.load(order_ptr + tl.program_id(1)).to(tl.int32)
     row = tl.load(rows_ptr + request)
     position = tl.load(lengths_ptr + row).to(tl.int32) - 1  # of the new token: the keys before it are in the cache
     first = tl.maximum(position + 1 - window, 0)
@@ -124,22 +105,24 @@ def _decode_kernel(
         acc += new_value.to(tl.float32)[None, :]
 
     begin = split * tiles_per_split
-    end = tl.minimum(begin + tiles_per_split, num_tiles)
-    masked = begin
-    if not MASKS_ALL:
-        masked = tl.maximum(begin, tl.minimum(end, (position - first) // TILE))
-        for tile in tl.range(begin, masked):
-            peak, total, acc = _attend(
-                peak, total, acc, query, first + tile * TILE + tl.arange(0, TILE), position, dims, dim_ok,
-                table_ptr, key_cache_ptr, value_cache_ptr, cache_stride_b, cache_stride_t, scaling, softcap,
-                BLOCK_SIZE, HEAD_DIM == HEAD_PAD, NARROW, False, SOFTCAP, PRECISION,
-            )  # fmt: skip
-    for tile in tl.range(masked, end):
-        peak, total, acc = _attend(
-            peak, total, acc, query, first + tile * TILE + tl.arange(0, TILE), position, dims, dim_ok,
-            table_ptr, key_cache_ptr, value_cache_ptr, cache_stride_b, cache_stride_t, scaling, softcap,
-            BLOCK_SIZE, HEAD_DIM == HEAD_PAD, NARROW, True, SOFTCAP, PRECISION,
-        )  # fmt: skip
+    keys = first + begin * TILE + tl.arange(0, TILE)
+    block = blocks_of(table_ptr, keys, position, BLOCK_SIZE, NARROW)
+    for _ in tl.range(begin, tl.minimum(begin + tiles_per_split, num_tiles)):
+        key_ok = keys < position
+        load_ok = key_ok[:, None] if HEAD_DIM == HEAD_PAD else key_ok[:, None] & dim_ok[None, :]
+        at = block * cache_stride_b + (keys % BLOCK_SIZE) * cache_stride_t  # [TILE]
+        key = tl.load(key_cache_ptr + at[:, None] + dims[None, :], mask=load_ok, other=0.0)  # [TILE, HEAD_PAD]
+        value = tl.load(value_cache_ptr + at[:, None] + dims[None, :], mask=load_ok, other=0.0)
+        keys += TILE
+        block = blocks_of(table_ptr, keys, position, BLOCK_SIZE, NARROW)
+        products = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [GROUP_PAD, TILE]
+        scores = tl.where(key_ok[None, :], to_base_2(products, scaling, softcap, SOFTCAP), float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        probs = tl.exp2(scores - new_peak[:, None])
+        decay = tl.exp2(peak - new_peak)
+        total = total * decay + tl.sum(probs, 1)
+        acc = acc * decay[:, None] + tl.dot(probs.to(value.dtype), value, input_precision=PRECISION)
+        peak = new_peak
 
     pair = request * NUM_KV_HEADS + head
     if num_splits > 1:
@@ -204,6 +187,7 @@ def paged_decode(
     value: Tensor,
     key_cache: Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim], likewise; written at the new token's slot
     value_cache: Tensor,  # with the strides of key_cache
+    order: Tensor,  # [num_reqs] int64: 0 … num_reqs - 1, those with long contexts first
     rows: Tensor,  # [num_reqs] int64
     lengths: Tensor,  # [num_rows] int64: tokens of each row, the new one included
     block_table: Tensor,  # [num_rows, max_blocks] int64
@@ -219,15 +203,15 @@ def paged_decode(
     shape = next(shape for most_pairs, shape in SHAPES if num_reqs * num_kv_heads <= most_pairs)
     overlaps = launches_overlap(query.device)
     out = torch.empty(num_reqs, num_heads, head_dim, dtype=query.dtype, device=query.device)
-    _decode_kernel[(num_reqs, num_kv_heads, splits)](
+    _decode_kernel[(num_kv_heads, num_reqs, splits)](
         out, query, key, value, key_cache, value_cache,
-        rows, lengths, block_table, buffers.acc, buffers.peak, buffers.total, buffers.arrivals,
+        order, rows, lengths, block_table, buffers.acc, buffers.peak, buffers.total, buffers.arrivals,
         scaling, softcap or 1.0, window or NO_WINDOW, splits, shape.min_keys // shape.tile,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         *key_cache.stride()[:3], block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, HEAD_PAD=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size,
-        NARROW=key_cache.numel() < 1 << 31, TILE=shape.tile, MASKS_ALL=shape.masks_all, SOFTCAP=bool(softcap),
+        NARROW=key_cache.numel() < 1 << 31, TILE=shape.tile, SOFTCAP=bool(softcap),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", OVERLAPS=overlaps,
         num_warps=shape.warps, num_stages=shape.stages, **launch_options(overlaps),
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
     grid    query tile × heads           a tile is up to TILE_QUERY queries of one request, for one or two heads that
                                          share their keys
-    keys    read through the block table, so cached prefixes, earlier chunks and this chunk are one and the same
-    loop    tiles that every query sees, without a mask; then the diagonal (and all tiles of a sliding window), masked
+    keys    read through the block table, one tile ahead, so cached prefixes, earlier chunks and this chunk are one and
+            the same; masked in every tile: that costs less than a loop of its own for the diagonal
 
 FlashAttention-2 (Dao, 2023). `store_kv` must have run before: the chunk's own K/V are read from the cache too.
 """
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine_core.attention.triton_decode import NO_WINDOW, to_base_2
+from engine_core.attention.triton_decode import NO_WINDOW, blocks_of, to_base_2
 
 TILE_QUERY = 64
 _TILE_KEY = 64
@@ -35,47 +35,6 @@ def _store_kernel(
     at = slot // BLOCK_SIZE * cache_stride_b + slot % BLOCK_SIZE * cache_stride_t + head * cache_stride_h + dim
     tl.store(key_cache_ptr + at, key, mask=ok)
     tl.store(value_cache_ptr + at, value, mask=ok)
-
-
-@triton.jit
-def _attend(
-    peak, total, acc, query, keys, positions, end, dims, dim_ok,
-    table_at, keys_at, values_at, cache_stride_b, cache_stride_t, scaling, softcap, window,
-    BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr, NARROW: tl.constexpr, SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax, over the tile `keys`. Not `MASKED`: all of them are there and seen by all."""
-    load_ok = dim_ok[None, :]
-    if MASKED:
-        load_ok = (keys < end)[:, None] & load_ok
-        block = tl.load(table_at + keys // BLOCK_SIZE, mask=keys < end, other=0)
-    else:
-        block = tl.load(table_at + keys // BLOCK_SIZE)
-    if NARROW:
-        block = block.to(tl.int32)
-    at = block * cache_stride_b + keys % BLOCK_SIZE * cache_stride_t
-    cells = at[:, None] + dims[None, :]
-    key = tl.load(keys_at + cells, mask=load_ok, other=0.0)
-    value = tl.load(values_at + cells, mask=load_ok, other=0.0)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    scale = scaling * 1.4426950408889634
-    if SOFTCAP:
-        scores = to_base_2(scores, scaling, softcap, SOFTCAP)
-        scale = 1.0
-    if MASKED:
-        seen = keys[None, :] <= positions[:, None]
-        if WINDOW:
-            seen = seen & (keys[None, :] > positions[:, None] - window)
-        scores = tl.where(seen, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
-    safe_peak = new_peak
-    if MASKED:  # a window may hide a whole tile from a query
-        safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    probs = tl.exp2(scores * scale - safe_peak[:, None])
-    decay = tl.exp2(peak - safe_peak)
-    total = total * decay + tl.sum(probs, 1)
-    acc = tl.dot(probs.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
-    return new_peak, total, acc
 
 
 @triton.jit
@@ -113,19 +72,34 @@ def _prefill_kernel(
     keys_at = key_cache_ptr + kv_head * cache_stride_h
     values_at = value_cache_ptr + kv_head * cache_stride_h
     first_tile = tl.maximum(start - window + 1, 0) // TILE_KEY if WINDOW else 0
-    first_masked = first_tile if WINDOW else (start + 1) // TILE_KEY
-    for key_tile in tl.range(first_tile, first_masked):
-        peak, total, acc = _attend(
-            peak, total, acc, query, key_tile * TILE_KEY + tl.arange(0, TILE_KEY), positions, end,
-            dims, dim_ok, table_at, keys_at, values_at, cache_stride_b, cache_stride_t, scaling, softcap, window,
-            BLOCK_SIZE, False, NARROW, SOFTCAP, WINDOW, PRECISION,
-        )  # fmt: skip
-    for key_tile in tl.range(first_masked, tl.cdiv(end, TILE_KEY)):
-        peak, total, acc = _attend(
-            peak, total, acc, query, key_tile * TILE_KEY + tl.arange(0, TILE_KEY), positions, end,
-            dims, dim_ok, table_at, keys_at, values_at, cache_stride_b, cache_stride_t, scaling, softcap, window,
-            BLOCK_SIZE, True, NARROW, SOFTCAP, WINDOW, PRECISION,
-        )  # fmt: skip
+    keys = first_tile * TILE_KEY + tl.arange(0, TILE_KEY)
+    block = blocks_of(table_at, keys, end, BLOCK_SIZE, NARROW)
+    scale = 1.0 if SOFTCAP else scaling * 1.4426950408889634
+    for _ in tl.range(first_tile, tl.cdiv(end, TILE_KEY)):
+        load_ok = (keys < end)[:, None] if HEAD_DIM == HEAD_PAD else (keys < end)[:, None] & dim_ok[None, :]
+        at = block * cache_stride_b + keys % BLOCK_SIZE * cache_stride_t
+        cells = at[:, None] + dims[None, :]
+        key = tl.load(keys_at + cells, mask=load_ok, other=0.0)
+        value = tl.load(values_at + cells, mask=load_ok, other=0.0)
+        seen = keys[None, :] <= positions[:, None]
+        if WINDOW:
+            seen = seen & (keys[None, :] > positions[:, None] - window)
+        keys += TILE_KEY
+        block = blocks_of(table_at, keys, end, BLOCK_SIZE, NARROW)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        if SOFTCAP:
+            scores = to_base_2(scores, scaling, softcap, SOFTCAP)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+        if WINDOW:  # it may hide a whole tile from a query
+            safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        else:
+            safe_peak = new_peak
+        probs = tl.exp2(scores * scale - safe_peak[:, None])
+        decay = tl.exp2(peak - safe_peak)
+        total = total * decay + tl.sum(probs, 1)
+        acc = tl.dot(probs.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
+        peak = new_peak
     out_at = ((token + index) * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
     total = tl.where(total > 0, total, 1.0)  # lines beyond the last query have seen nothing
     tl.store(out_ptr + out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=query_ok)
@@ -177,6 +151,6 @@ def paged_prefill(
         TILE_QUERY=TILE_QUERY, HEADS=heads, TILE_KEY=32 if wide else _TILE_KEY,
         NARROW=key_cache.numel() < 1 << 31, SOFTCAP=bool(softcap), WINDOW=window is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4 * heads, num_stages=1 if wide else 5 if heads == 2 else 2,
+        num_warps=4 * heads, num_stages=1 if wide else 3 if heads == 2 else 2,
     )  # fmt: skip
     return out
