@@ -10,7 +10,7 @@ from engine_core.attention import triton_decode
 from engine_core.attention.triton_decode import SplitBuffers, paged_decode
 from engine_core.attention.triton_prefill import paged_prefill, query_tiles, store_kv
 from engine_core.sampler import SamplingTensors, sample
-from engine_core.triton_linear import MAX_TOKENS, arrival_counters, small_linear
+from engine_core.triton_linear import MAX_TOKENS, arrival_counters, gate, small_linear
 from engine_core.triton_sampler import sample_and_advance
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,12 +83,13 @@ def test_decode_stores_and_attends(case: int, monkeypatch: pytest.MonkeyPatch) -
     pool = Pool(kv_heads, dim, dtype)
     buffers = SplitBuffers.allocate(len(ROWS), heads, kv_heads, dim, DEVICE)
     rows, lengths = torch.tensor(ROWS, device=DEVICE), torch.tensor([*LENGTHS, 1], device=DEVICE)
-    for _ in range(2):  # the second time the buffers are used ones
+    for order in ([0, 1, 2, 3, 4, 5], [4, 2, 0, 5, 1, 3]):  # any; the second time the buffers are used ones
         query = torch.randn(1, heads, len(ROWS), dim, device=DEVICE).to(dtype)[0].transpose(0, 1)  # a model's strides
         key, value = torch.randn(2, len(ROWS), kv_heads, dim, device=DEVICE).to(dtype)
         output = paged_decode(
-            query, key, value, pool.keys, pool.values, rows, lengths, pool.table, buffers, dim**-0.5, window, softcap
-        )
+            query, key, value, pool.keys, pool.values, torch.tensor(order, device=DEVICE), rows, lengths, pool.table,
+            buffers, dim**-0.5, window, softcap,
+        )  # fmt: skip
         for index, row in enumerate(ROWS):
             keys, values = pool.history(row, LENGTHS[row])
             assert torch.equal(keys[-1], key[index])
@@ -125,16 +126,31 @@ def test_prefill_attends_over_prefix_and_chunk(
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 65, MAX_TOKENS])
 @pytest.mark.parametrize(("out_features", "in_features", "bias"), [(40, 300, False), (40, 300, True), (64, 256, False)])
-def test_small_linear_equals_linear(num_tokens: int, out_features: int, in_features: int, bias: bool) -> None:
+@pytest.mark.parametrize(("gated", "adds"), [(False, False), (True, False), (False, True)])
+def test_small_linear_equals_linear(
+    num_tokens: int, out_features: int, in_features: int, bias: bool, gated: bool, adds: bool
+) -> None:
     torch.manual_seed(num_tokens)
     x = torch.randn(num_tokens, in_features, device=DEVICE)
     weight = torch.randn(out_features, in_features, device=DEVICE)
     offset = torch.randn(out_features, device=DEVICE) if bias else None
+    addend = torch.randn(num_tokens, out_features // 2 if gated else out_features, device=DEVICE) if adds else None
     arrivals = arrival_counters(out_features, DEVICE)
+    expected = torch.nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
+    if gated:
+        first, second = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(first) * second
+    if addend is not None:
+        expected = expected + addend.double()
     for _ in range(2):
-        expected = torch.nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
-        assert error(small_linear(x, weight, offset, arrivals), expected) < 1e-6
+        assert error(small_linear(x, weight, offset, arrivals, addend, gated), expected) < 1e-6
         assert not arrivals.any()
+
+
+def test_gate_of_many_tokens() -> None:
+    x = torch.randn(300, 2 * 1100, device=DEVICE)
+    first, second = x.double().chunk(2, -1)
+    assert error(gate(x), torch.nn.functional.silu(first) * second) < 1e-6
 
 
 def test_sampler_draws_what_the_torch_sampler_draws() -> None:
