@@ -34,8 +34,8 @@ def compile_layers(loaded: LoadedModel) -> int:
 
 
 def _beside(layers: list[nn.Module], model: nn.Module) -> list[nn.Module]:
-    """The modules that run once a pass in the decoder that holds `layers`, embeddings left out."""
-    for module in model.modules():
+    """The modules that run once a pass in the decoder that holds `layers`, embeddings left out. None without layers."""
+    for module in model.modules() if layers else ():
         children = list(module.children())
         if any(isinstance(child, nn.ModuleList) and list(child) == layers for child in children):
             return [child for child in children if not isinstance(child, nn.ModuleList | nn.Embedding)]

@@ -1,4 +1,4 @@
-"""The linear layers of a model on a CPU, with weights laid out once for the product in `cpu_kernels`.
+"""The linear layers of a model on a CPU, with weights laid out once for the product in `cpu_kernels` or `cpu_tiles`.
 
 The packed copy replaces the original. Embeddings are read from panels too: those of the output layer, where it is tied.
 """

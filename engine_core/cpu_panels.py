@@ -1,7 +1,7 @@
 """A matrix of weights as the products read it; at half the size where that loses nothing.
 
 Models are published in bfloat16, so that the lower 16 bits of every weight are zero in float32. Two such weights, of
-consecutive inputs, share 32 bits then:
+consecutive inputs, share 32 bits then (where inputs come in blocks of 32):
 
     float32   [num_panels, in, PANEL]            line k:  w0[k] … w31[k]
     bfloat16  [num_panels, in / 2, PANEL] int32  line k:  w0[2k+1]·w0[2k] … w31[2k+1]·w31[2k]    upper half · lower half

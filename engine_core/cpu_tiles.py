@@ -2,7 +2,7 @@
 
 The unit multiplies tiles of bfloat16 and adds up in float32, at sixteen times the rate of vectors. A float32 number is
 the sum of three bfloat16 numbers, exactly (8 + 8 + 8 bits of significand), so three products of tiles make one product
-of float32 numbers; rounding is only in the sums, as elsewhere. (What is below 2^-126 counts as 0.)
+of float32 numbers; rounding is only in the sums, as elsewhere. (What is below 2^-126 counts as 0, infinity as NaN.)
 
     x [16 rows, 32 inputs] = high + middle + low       y [16 rows, 16 outputs] += part · Wᵀ for each part, in order
     W: 16 lines of pairs, see `cpu_panels`             two tiles of rows by two of outputs stay in the unit
@@ -44,8 +44,10 @@ _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 @functools.cache
 def can_use_tiles() -> bool:
     """Whether this CPU has the unit; asks Linux for it, on behalf of all threads."""
+    if platform.system() != "Linux" or PANEL != 2 * _OUTPUTS:  # panels are narrower without AVX-512
+        return False
     features = binding.get_host_cpu_features()
-    if platform.system() != "Linux" or not (features.get("amx-tile") and features.get("amx-bf16")):
+    if not (features.get("amx-tile") and features.get("amx-bf16")):
         return False
     return bool(ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
 

@@ -79,8 +79,9 @@ class CudaRunner(ModelRunner):
         self._eager = eager
         self._max_num_seqs = max_num_seqs
         heads, layout = loaded.num_heads, pool.layout
-        self._splits = SplitBuffers.allocate(max_num_seqs, heads, layout.num_kv_heads, layout.head_dim, loaded.device)
-        self._decode_inputs = torch.arange(max_num_seqs, device=self.device).repeat(2, 1)  # order and rows of a pass
+        largest = batch_sizes(max_num_seqs)[0]
+        self._splits = SplitBuffers.allocate(largest, heads, layout.num_kv_heads, layout.head_dim, loaded.device)
+        self._decode_inputs = torch.arange(largest, device=self.device).repeat(2, 1)  # order and rows of a pass
         self._decode_inputs[1] = self.rows.scratch_row
         self._rows_sent: list[int] = []
         self._decode_graphs: dict[int, _DecodeGraph] = {}
@@ -172,7 +173,7 @@ class CudaRunner(ModelRunner):
     def _send_rows(self, batch: Batch, size: int) -> Tensor:
         """The rows [size] of a pass, padded with the scratch row; sent only when they differ from the last pass.
 
-        The order stays right meanwhile: all contexts grow alike.
+        The order stays as good meanwhile: all contexts grow alike.
         """
         padded = [request.row for request in batch.requests] + [self.rows.scratch_row] * (size - len(batch.requests))
         if padded != self._rows_sent:

@@ -63,7 +63,10 @@ def _fuse_sum(graph: Graph, total: Any) -> bool:
     """A linear and what is added to it, where the sum leaves the graph: inside it, inductor joins it with a norm."""
     if total.target not in _SUMS or any(user.op != "output" for user in total.users):
         return False
-    for linear, addend in (total.args, total.args[::-1]):
+    orders = [total.args, total.args[::-1]]
+    if total.target is operator.iadd:  # changes the first, too: fine where that is the linear's
+        orders.pop()
+    for linear, addend in orders:
         match linear:
             case Node(args=(_, _, _, _)) if linear.target is LINEAR and len(linear.users) == 1:
                 if _are_alike(linear, addend):

@@ -8,7 +8,7 @@ Every kernel launched so must wait before it reads what others write, and before
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,6 +31,22 @@ def launches_overlap(device: torch.device) -> bool:
     """Whether the kernels of this device can be launched so."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return is_nvidia and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
+
+
+class Limits(NamedTuple):
+    """Of a device."""
+
+    num_multiprocessors: int
+    shared_memory: int  # bytes that one program can have
+
+
+@cache
+def limits_of(device: torch.device) -> Limits:
+    """Of a GPU; where kernels are interpreted, those of an H200."""
+    if device.type != "cuda":
+        return Limits(132, 227 << 10)
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return Limits(properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
 def launch_options(overlaps: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """y = x Wᵀ for the batches of a decode step, at memory speed: such a step is little else than reading the weights.
 
-    grid     columns × share of the inner dimension × tokens     one wave: a program for each multiprocessor
+    grid     columns × share of the inner dimension × tokens     one wave, a program for each multiprocessor, or many
     end      gate (SiLU of one half times the other) and addend of the layer come without kernels of their own
     last     of the shares of a tile to arrive adds them up in a fixed order: the same result every time
 
@@ -9,7 +9,6 @@ H200, behind a small kernel as in a layer, because much of a step is the time be
 """
 
 from collections.abc import Iterable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from engine_core.triton_launch import launch_options, launches_overlap, wait_for_earlier_kernels
+from engine_core.triton_launch import launch_options, launches_overlap, limits_of, wait_for_earlier_kernels
 
 MAX_TOKENS = 256
 _FEW_TOKENS, _PART_TOKENS = 16, 64  # of a program: one part for a handful of tokens, else parts of this size
@@ -96,19 +95,6 @@ class Tiles(NamedTuple):
     num_stages: int  # of the software pipeline
 
 
-class _Device(NamedTuple):
-    num_multiprocessors: int
-    shared_memory: int  # bytes that one program can have
-
-
-@cache
-def _device(device: torch.device) -> _Device:
-    if device.type != "cuda":
-        return _Device(132, 227 << 10)  # interpreted: an H200
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return _Device(properties["multiprocessor_count"], properties["max_shared_mem"])
-
-
 def arrival_counters(num_lines: int, device: torch.device) -> Tensor:
     """What `small_linear` needs beside weights of so many lines: a zero per tile and part, zero again after a call."""
     num_parts = triton.cdiv(MAX_TOKENS, _PART_TOKENS)
@@ -148,7 +134,7 @@ def is_faster(num_tokens: int, weight: Tensor) -> bool:
     if num_tokens <= _PART_TOKENS:
         return True
     num_programs = triton.cdiv(weight.shape[0], _NARROWEST) * triton.cdiv(num_tokens, _PART_TOKENS)
-    return num_tokens <= MAX_TOKENS and num_programs <= _device(weight.device).num_multiprocessors
+    return num_tokens <= MAX_TOKENS and num_programs <= limits_of(weight.device).num_multiprocessors
 
 
 def _tiles(num_tokens: int, weight: Tensor) -> Tiles:
@@ -158,7 +144,7 @@ def _tiles(num_tokens: int, weight: Tensor) -> Tiles:
     while the kernel before still ends, and would gather where that ends first.
     """
     num_lines, in_features = weight.shape
-    device, are_few = _device(weight.device), num_tokens <= _FEW_TOKENS
+    device, are_few = limits_of(weight.device), num_tokens <= _FEW_TOKENS
     tokens, widest = (_FEW_TOKENS, 64) if are_few else (_PART_TOKENS, 128)
     parts = triton.cdiv(num_tokens, tokens)
     width = _NARROWEST
@@ -219,8 +205,8 @@ def _linear(
 ) -> Tensor:
     tokens = x.flatten(0, -2)
     shape = [*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0]]
+    addend = None if addend is None else addend.contiguous()
     if is_faster(tokens.shape[0], weight) and tokens.stride(1) == 1:
-        addend = None if addend is None else addend.contiguous()
         return small_linear(tokens, weight, bias, arrivals, addend, gated).view(shape)
     y = nn.functional.linear(tokens, weight, bias)
     y = (gate(y) if gated else y).view(shape)

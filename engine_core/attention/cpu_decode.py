@@ -19,9 +19,9 @@ from engine_core.attention.cpu_attention import CpuAttention
 from engine_core.attention.cpu_positions import POSITIONS, add_positions, score_positions
 from engine_core.attention.paged import Floats, Scoring
 from engine_core.cpu_exp import exp
-from engine_core.cpu_jit import inner, njit, prange
+from engine_core.cpu_jit import get_num_threads, inner, njit, prange
 
-_MANY_TASKS = 8  # a few for each thread: fewer would be shared unevenly
+_TASKS_PER_THREAD = 4  # fewer would be shared unevenly
 
 
 @inner(fastmath=True)
@@ -220,7 +220,7 @@ class CpuDecode(CpuAttention):
         self, qkv: Floats, key_cache: Floats, value_cache: Floats, scoring: Scoring, output: Floats
     ) -> None:
         """See `CpuAttention`."""
-        choices = 1, key_cache.shape[2], output.shape[1]
+        choices, enough = (1, key_cache.shape[2], output.shape[1]), _TASKS_PER_THREAD * get_num_threads()
         _decode(
             qkv,
             key_cache,
@@ -230,7 +230,7 @@ class CpuDecode(CpuAttention):
             np.float32(scoring.scaling),
             scoring.window or 2**31,
             np.float32(scoring.softcap or 0.0),
-            next((choice for choice in choices if len(qkv) * choice >= _MANY_TASKS), choices[-1]),
+            next((choice for choice in choices if len(qkv) * choice >= enough), choices[-1]),
             output,
         )
 

@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine_core.triton_launch import launch_options, launches_overlap, wait_for_earlier_kernels
+from engine_core.triton_launch import launch_options, launches_overlap, limits_of, wait_for_earlier_kernels
 
 NO_WINDOW = 1 << 30
+_SMALLEST_TILE = 16
 _TARGET_PROGRAMS = 1024  # enough to keep every multiprocessor of a large GPU busy
 
 
@@ -181,6 +182,13 @@ def num_splits(num_pairs: int) -> int:
     return min(16, wanted)
 
 
+def fitting(shape: Shape, bytes_per_key: int, shared_memory: int) -> Shape:
+    """`shape` with a tile so small that its pipeline of K and V fits into the shared memory of a program."""
+    while shape.tile > _SMALLEST_TILE and shape.stages * shape.tile * bytes_per_key > shared_memory:
+        shape = shape._replace(tile=shape.tile // 2)
+    return shape
+
+
 def paged_decode(
     query: Tensor,  # [num_reqs, num_heads, head_dim], any strides but the last
     key: Tensor,  # [num_reqs, num_kv_heads, head_dim], likewise
@@ -200,7 +208,9 @@ def paged_decode(
     num_reqs, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
     group, splits = num_heads // num_kv_heads, num_splits(num_reqs * num_kv_heads)
+    head_pad = max(16, triton.next_power_of_2(head_dim))
     shape = next(shape for most_pairs, shape in SHAPES if num_reqs * num_kv_heads <= most_pairs)
+    shape = fitting(shape, 2 * head_pad * key_cache.element_size(), limits_of(query.device).shared_memory)
     overlaps = launches_overlap(query.device)
     out = torch.empty(num_reqs, num_heads, head_dim, dtype=query.dtype, device=query.device)
     _decode_kernel[(num_kv_heads, num_reqs, splits)](
@@ -210,7 +220,7 @@ def paged_decode(
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         *key_cache.stride()[:3], block_table.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
-        HEAD_DIM=head_dim, HEAD_PAD=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim, HEAD_PAD=head_pad, BLOCK_SIZE=block_size,
         NARROW=key_cache.numel() < 1 << 31, TILE=shape.tile, SOFTCAP=bool(softcap),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", OVERLAPS=overlaps,
         num_warps=shape.warps, num_stages=shape.stages, **launch_options(overlaps),

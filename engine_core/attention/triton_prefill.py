@@ -101,7 +101,7 @@ def _prefill_kernel(
         acc = tl.dot(probs.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
         peak = new_peak
     out_at = ((token + index) * NUM_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
-    total = tl.where(total > 0, total, 1.0)  # lines beyond the last query have seen nothing
+    total = tl.where(total > 0, total, 1.0)  # behind a window, lines beyond the last query see nothing
     tl.store(out_ptr + out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=query_ok)
 
 

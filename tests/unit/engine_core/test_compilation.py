@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.models import save_tiny_model
 
+pytest.importorskip("triton")
+
 COMPILE = """
 import json, sys
 from pathlib import Path

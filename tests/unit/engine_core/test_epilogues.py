@@ -32,6 +32,11 @@ class Rewriting:
         return module.forward
 
 
+def added_to(x: Tensor, y: Tensor) -> Tensor:
+    x += y
+    return x
+
+
 class Mlp(nn.Module):
     """That of Llama, but for how it is `gated` and how it is `added` to what came in."""
 
@@ -51,6 +56,8 @@ class Mlp(nn.Module):
     [
         (lambda gate, up: silu(gate) * up, lambda x, y: x + y, 2),
         (lambda gate, up: silu(gate) * up, lambda x, y: y + x, 2),
+        (lambda gate, up: silu(gate) * up, lambda x, y: added_to(y, x), 2),
+        (lambda gate, up: silu(gate) * up, added_to, 1),  # changes what came in
         (lambda gate, up: silu(gate) * up, lambda x, y: y, 1),
         (lambda gate, up: silu(gate) * up, lambda x, y: (x + y).relu(), 1),  # the sum does not leave
         (lambda gate, up: silu(gate) * up, lambda x, y: x[:, :1] + y, 1),  # of another shape
@@ -65,8 +72,9 @@ def test_only_the_exact_form_is_fused(
 ) -> None:
     mlp, x, backend = Mlp(gated, added).to(DEVICE), torch.randn(3, 16, device=DEVICE), Rewriting()
     with torch.inference_mode():
-        expected = mlp(x)
-        torch.testing.assert_close(torch.compile(mlp, backend=backend, dynamic=True, fullgraph=True)(x), expected)
+        expected = mlp(x.clone())
+        actual = torch.compile(mlp, backend=backend, dynamic=True, fullgraph=True)(x.clone())
+        torch.testing.assert_close(actual, expected)
     assert backend.fused == [fused]
 
 

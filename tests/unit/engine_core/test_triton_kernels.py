@@ -6,10 +6,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from engine_core import triton_linear
 from engine_core.attention import triton_decode
-from engine_core.attention.triton_decode import SplitBuffers, paged_decode
+from engine_core.attention.triton_decode import SplitBuffers, fitting, paged_decode
 from engine_core.attention.triton_prefill import paged_prefill, query_tiles, store_kv
 from engine_core.sampler import SamplingTensors, sample
+from engine_core.triton_launch import Limits
 from engine_core.triton_linear import MAX_TOKENS, arrival_counters, gate, small_linear
 from engine_core.triton_sampler import sample_and_advance
 
@@ -145,6 +147,33 @@ def test_small_linear_equals_linear(
     for _ in range(2):
         assert error(small_linear(x, weight, offset, arrivals, addend, gated), expected) < 1e-6
         assert not arrivals.any()
+
+
+@pytest.mark.parametrize("num_tokens", [3, 40, 130])
+@pytest.mark.parametrize(("gated", "adds"), [(False, False), (True, False), (False, True)])
+def test_small_linear_of_wide_outputs_on_a_small_gpu(
+    num_tokens: int, gated: bool, adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several waves of wide programs, and few stages of the pipeline."""
+    monkeypatch.setattr(triton_linear, "limits_of", lambda device: Limits(3, 99 << 10))
+    torch.manual_seed(num_tokens)
+    x = torch.randn(num_tokens, 256, device=DEVICE).half()
+    weight = torch.randn(400, 256, device=DEVICE).half()
+    addend = torch.randn(num_tokens, 400, device=DEVICE).half() if adds else None
+    expected = torch.nn.functional.linear(x.double(), weight.double())
+    if gated:
+        first, second = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(first) * second
+    if addend is not None:
+        expected = expected + addend.double()
+    assert error(small_linear(x, weight, None, arrival_counters(400, DEVICE), addend, gated), expected) < 1e-3
+
+
+def test_tiles_of_keys_fit_into_shared_memory() -> None:
+    shape = triton_decode.Shape(128, 4, 2, 128)
+    assert fitting(shape, 2 * 128 * 2, 227 << 10) == shape
+    assert fitting(shape, 2 * 256 * 4, 227 << 10).tile == 32
+    assert fitting(shape, 2 * 256 * 2, 99 << 10).tile == 32
 
 
 def test_gate_of_many_tokens() -> None:
