@@ -333,8 +333,9 @@ def test_dead_frontend_is_restarted_on_the_same_port(run: Run) -> None:
     url = run.url()
     run.message_of_frontend(url)
     first = run.pids("frontend")[0]
-    os.kill(first, signal.SIGKILL)
-    psutil.Process(first).wait(WAIT)  # until then it may still accept, and die with the connection
+    process = psutil.Process(first)
+    process.kill()
+    process.wait(WAIT)  # until then it may still accept, and die with the connection
     facts = run.message_of_frontend(url)["processes"]  # the connection waits in the backlog meanwhile
     second = run.pids("frontend")[1]
     assert second != first
