@@ -109,6 +109,15 @@ def _add_block(
 
 
 @inner()
+def _place(blocks: Any, index: Any, block_size: Any, start: Any, end: Any) -> Any:
+    """(block, the one read next, where its scores begin, its first position that counts, the end of those), of block
+    number `index` of a request whose positions [start, end) count. Scores begin with the block that holds `start`."""
+    position, last = index * block_size, (end - 1) // block_size
+    at = position - start // block_size * block_size
+    return blocks[index], blocks[min(index + 1, last)], at, max(start - position, 0), min(end - position, block_size)
+
+
+@inner()
 def _attend(
     query: Any,  # [num_heads, head_dim], scaled: of one K/V head, or all that share some
     key_cache: Any,  # [num_blocks, block_size, num_kv_heads, head_dim]
@@ -127,8 +136,7 @@ def _attend(
     origin = first_block * block_size  # the position of the first score
     scores = np.empty((len(query), end_block * block_size - origin), np.float32)
     for index in range(first_block, end_block):
-        block, ahead, at = blocks[index], blocks[min(index + 1, end_block - 1)], index * block_size - origin
-        first, stop = max(start - origin - at, 0), min(end - origin - at, block_size)
+        block, ahead, at, first, stop = _place(blocks, index, block_size, start, end)
         for kv_head in range(first_kv_head, end_kv_head):
             head = (kv_head - first_kv_head) * group
             sharing, rows = query[head : head + group], scores[head : head + group]
@@ -136,8 +144,7 @@ def _attend(
     for head in range(len(query)):
         softmax(scores[head, start - origin : end - origin], softcap)
     for index in range(first_block, end_block):
-        block, ahead, at = blocks[index], blocks[min(index + 1, end_block - 1)], index * block_size - origin
-        first, stop = max(start - origin - at, 0), min(end - origin - at, block_size)
+        block, ahead, at, first, stop = _place(blocks, index, block_size, start, end)
         for kv_head in range(first_kv_head, end_kv_head):
             head = (kv_head - first_kv_head) * group
             sharing, rows = output[head : head + group], scores[head : head + group]
