@@ -175,11 +175,12 @@ class CudaRunner(ModelRunner):
 
         The order stays as good meanwhile: all contexts grow alike.
         """
-        padded = [request.row for request in batch.requests] + [self.rows.scratch_row] * (size - len(batch.requests))
+        num_reqs = len(batch.requests)
+        padded = [request.row for request in batch.requests] + [self.rows.scratch_row] * (size - num_reqs)
         if padded != self._rows_sent:
-            order = sorted(range(size), key=lambda index: -batch.starts[index] if index < len(batch.starts) else 0)
+            longest_first = sorted(range(num_reqs), key=batch.starts.__getitem__, reverse=True)
             self._rows_sent = []  # unknown, should the copy fail
-            inputs = torch.tensor([order, padded]).pin_memory()
+            inputs = torch.tensor([[*longest_first, *range(num_reqs, size)], padded]).pin_memory()
             self._decode_inputs[:, :size].copy_(inputs, non_blocking=True)
             self._rows_sent = padded
         return self._decode_inputs[1, :size]
