@@ -73,6 +73,18 @@ def reference(
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), value)
 
 
+def gated_reference(y: Tensor) -> Tensor:
+    first, second = y.chunk(2, -1)
+    return torch.nn.functional.silu(first) * second
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None, gated: bool) -> Tensor:
+    """float64 of what `small_linear` computes."""
+    y = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    y = gated_reference(y) if gated else y
+    return y if addend is None else y + addend.double()
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
@@ -138,12 +150,7 @@ def test_small_linear_equals_linear(
     offset = torch.randn(out_features, device=DEVICE) if bias else None
     addend = torch.randn(num_tokens, out_features // 2 if gated else out_features, device=DEVICE) if adds else None
     arrivals = arrival_counters(out_features, DEVICE)
-    expected = torch.nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
-    if gated:
-        first, second = expected.chunk(2, -1)
-        expected = torch.nn.functional.silu(first) * second
-    if addend is not None:
-        expected = expected + addend.double()
+    expected = linear_reference(x, weight, offset, addend, gated)
     for _ in range(2):
         assert error(small_linear(x, weight, offset, arrivals, addend, gated), expected) < 1e-6
         assert not arrivals.any()
@@ -160,12 +167,7 @@ def test_small_linear_of_wide_outputs_on_a_small_gpu(
     x = torch.randn(num_tokens, 256, device=DEVICE).half()
     weight = torch.randn(400, 256, device=DEVICE).half()
     addend = torch.randn(num_tokens, 400, device=DEVICE).half() if adds else None
-    expected = torch.nn.functional.linear(x.double(), weight.double())
-    if gated:
-        first, second = expected.chunk(2, -1)
-        expected = torch.nn.functional.silu(first) * second
-    if addend is not None:
-        expected = expected + addend.double()
+    expected = linear_reference(x, weight, None, addend, gated)
     assert error(small_linear(x, weight, None, arrival_counters(400, DEVICE), addend, gated), expected) < 1e-3
 
 
@@ -178,8 +180,7 @@ def test_tiles_of_keys_fit_into_shared_memory() -> None:
 
 def test_gate_of_many_tokens() -> None:
     x = torch.randn(300, 2 * 1100, device=DEVICE)
-    first, second = x.double().chunk(2, -1)
-    assert error(gate(x), torch.nn.functional.silu(first) * second) < 1e-6
+    assert error(gate(x), gated_reference(x.double())) < 1e-6
 
 
 def test_sampler_draws_what_the_torch_sampler_draws() -> None:
